@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine with Python >= 3.11 and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+demo: $(VENV)/.recipes  ## Install, then fine-tune and compress a small ViT on handwritten digits (minutes, no network)
+	$(BIN)/python recipes/vit_cifar.py --preset offline
+
+test: $(VENV)/.dev  ## Install, then run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## Install, then run ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:  ## Remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dtrain needs Python >= 3.11; try: make PYTHON=python3.12 demo")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.recipes: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[recipes]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $(VENV)/.recipes $@

@@ -1,0 +1,155 @@
+"""`compress`: from two models to a delta."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtrain.artifact import DIGEST_BYTES, Content, Record, Role
+from dtrain.delta import Delta
+from dtrain.difference import Change, digests, fingerprint, pair
+from dtrain.errors import InputError, NeedsDataError
+from dtrain.fit import Objective, search_q
+from dtrain.methods import DareX, Method
+from dtrain.rules import HEADS, Rules
+from dtrain.runtime import merged
+from dtrain.stages import HALF, Bits, Packed, Payload, Pipeline, Zstd, encode
+from dtrain.stages.select import All
+from dtrain.weights import Source, read_weights, tensor_bytes
+
+
+def compress(
+    base: Source,
+    finetuned: Source,
+    method: Method,
+    *,
+    objective: Objective | None = None,
+    rules: Rules | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> Delta:
+    """Compress what fine-tuning changed.
+
+    Args:
+        base: The model before fine-tuning: a module, a state dict, or the path of a `.safetensors` file, a Hugging Face
+            folder or a `.ckpt`.
+        finetuned: The model after it, likewise. bfloat16 and float16 are first-class; arithmetic is float32.
+        method: How to compress the weights, such as `DareX(keep=0.01)`.
+        objective: What the method's scales are fitted to, on training inputs, where it has to be fitted.
+        rules: Which tensor is treated how; the defaults suit any transformer.
+        training: How the model was fine-tuned, JSON-serialisable, kept in the file. No times, paths or hosts.
+
+    Returns:
+        The delta. `delta.save(path)` writes it, `print(delta.report())` shows what it costs.
+
+    Raises:
+        InputError: If the models cannot be paired, do not differ, or hold NaN or inf (bitwise methods keep those).
+        NeedsDataError: If the method must be fitted and there is no objective.
+    """
+    if method.needs == "objective" and objective is None:
+        raise NeedsDataError(
+            f"{type(method).__name__} searches q on training inputs but got no objective. Pass "
+            "objective=dtrain.HiddenChange(model, batches) or dtrain.Metric(model, evaluate), or fix q: q='norm' or a "
+            "number need no data."
+        )
+    rules = rules or Rules()
+    original = read_weights(base)
+    changes = pair(original, read_weights(finetuned), rules)
+    if method.bitwise:
+        changes = [replace(c, role="bits") if c.role in ("method", "half") else c for c in changes]
+    payloads = {change.name: _encode(change, method) for change in changes}
+    metadata: dict[str, Any] = {"method": method.describe(), "rules": _changed_rules(rules)}
+    if not math.isnan(method.nominal_bits):
+        metadata["nominal_bits"] = method.nominal_bits
+    if training:
+        metadata["training"] = dict(training)
+    hashes = digests({change.name: change.base for change in changes if change.base is not None})
+    records = [_record(change, payloads[change.name], hashes) for change in changes]
+    if isinstance(method, DareX) and method.needs == "objective" and objective is not None:
+        records, metadata["fit"] = _fit(method, changes, records, objective)
+    return Delta(Content(tuple(records), _fingerprint(changes, hashes), metadata))
+
+
+def _encode(change: Change, method: Method) -> tuple[Payload, ...]:
+    match change.role:
+        case "method":
+            return method.encode(change.name, _finite(change.name, change.delta()))
+        case "half":
+            return (encode(HALF, change.name, _finite(change.name, change.delta())),)
+        case "bits":
+            if change.base is None:
+                raise InputError(f"tensor {change.name!r} has no base to be compared with bit for bit.")
+            return (_bitwise(change.name, change.tuned, change.base),)
+        case "whole":
+            _finite(change.name, change.tuned, allow=method.bitwise)
+            return (_bitwise(change.name, change.tuned, None),)
+        case _:
+            return ()
+
+
+def _bitwise(name: str, tuned: Tensor, base: Tensor | None) -> Payload:
+    bits = Bits(tuned.dtype.itemsize)
+    raw = tensor_bytes(tuned)
+    if base is None:
+        return encode(Pipeline(All(), bits, Packed()), name, raw)
+    if base.dtype != tuned.dtype:
+        raise InputError(
+            f"tensor {name!r} is {base.dtype} in the base and {tuned.dtype} in the fine-tuned model. "
+            "Cast one of the checkpoints, or use a method that is not bitwise."
+        )
+    plain, coded = (encode(Pipeline(All(), bits, code), name, raw ^ tensor_bytes(base)) for code in (Packed(), Zstd()))
+    return min(plain, coded, key=lambda payload: payload.data.numel())
+
+
+def _finite(name: str, values: Tensor, *, allow: bool = False) -> Tensor:
+    if values.is_floating_point() and values.numel() and not allow:
+        low, high = torch.aminmax(values.float() if values.dtype.itemsize == 1 else values)
+        if not (math.isfinite(float(low)) and math.isfinite(float(high))):
+            raise InputError(
+                f"tensor {name!r} holds NaN or inf. Mend the checkpoint, or keep its bits with Lossless()."
+            )
+    return values
+
+
+def _record(change: Change, payloads: tuple[Payload, ...], hashes: Mapping[str, bytes]) -> Record:
+    roles = {"method": Role.ADD, "half": Role.ADD, "bits": Role.XOR, "whole": Role.WHOLE}
+    others = {"same": Role.SAME, "drop": Role.DROP, "base_only": Role.BASE_ONLY}
+    digest = hashes[change.name][:DIGEST_BYTES] if change.base is not None else b""
+    shape = tuple(change.tuned.shape)
+    return Record(change.name, {**roles, **others}[change.role], change.tuned.dtype, shape, digest, payloads)
+
+
+def _fingerprint(changes: Sequence[Change], hashes: Mapping[str, bytes]) -> bytes:
+    """Cover what every base has: not fresh tensors, nor those that the fine-tuned model does not have."""
+    return fingerprint((c.name, hashes[c.name]) for c in changes if c.base is not None and c.role != "base_only")
+
+
+def _fit(
+    method: DareX, changes: Sequence[Change], records: Sequence[Record], objective: Objective
+) -> tuple[list[Record], dict[str, Any]]:
+    rest = {
+        record.name: merged(record, change.base)
+        for record, change in zip(records, changes, strict=True)
+        if change.role not in ("method", "base_only")
+    }
+    fit = search_q(method, changes, rest, objective)
+    scaled = [
+        replace(r, payloads=tuple(replace(p, scale=p.scale / fit.q[r.name]) for p in r.payloads))
+        if r.name in fit.q
+        else r
+        for r in records
+    ]
+    q = sorted(set(fit.q.values()))
+    summary = {"objective": objective.label, "q": [q[0], q[-1]], "loss": fit.loss, "loss_at_dare": fit.start}
+    return scaled, {**summary, "evaluations": fit.evaluations}
+
+
+def _changed_rules(rules: Rules) -> dict[str, Any]:
+    """Return the rules that differ from the defaults, so that a file pays only for what was asked for."""
+    default = asdict(Rules())
+    changed = {key: list(value) for key, value in asdict(rules).items() if value != default[key]}
+    return changed | ({"whole": "heads"} if rules.whole == HEADS else {})

@@ -1,0 +1,117 @@
+"""What differs between two models: every tensor paired with its counterpart and given a role."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dtrain.errors import InputError
+from dtrain.rules import Rules
+from dtrain.weights import Weights, digest, tensor_bytes
+
+ChangeRole = Literal["method", "half", "bits", "whole", "drop", "same", "base_only"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One tensor of a pair of models.
+
+    Args:
+        name: Its name.
+        role: What is to become of it: a role of `dtrain.rules`, or `same` where both models agree bit for bit, or
+            `base_only` where the fine-tuned model does not have it.
+        base: The base's tensor; None for `whole`.
+        tuned: The fine-tuned tensor; for `base_only` the base's.
+    """
+
+    name: str
+    role: ChangeRole
+    base: Tensor | None
+    tuned: Tensor
+
+    def delta(self) -> Tensor:
+        """Return fine-tuned minus base as float32."""
+        if self.base is None:
+            raise InputError(f"tensor {self.name!r} is new in the fine-tuned model and has no delta.")
+        return self.tuned.float() - self.base.to(self.tuned.device).float()
+
+
+def pair(base: Weights, tuned: Weights, rules: Rules) -> list[Change]:
+    """Pair the tensors of two models.
+
+    A tensor that is new, reshaped or of another kind of dtype in the fine-tuned model is `whole`. If the two models
+    have no name in common, but the names of one are those of the other behind a prefix (as in a Lightning checkpoint
+    of a wrapped model), the prefix is taken off and tensors without it are left out.
+
+    Returns:
+        One change per tensor of either model, ascending by the UTF-8 bytes of the name.
+
+    Raises:
+        InputError: If no tensor of one can be paired with one of the other, or if nothing differs.
+    """
+    tuned = _without_prefix(base, tuned)
+    changes = [_change(name, base.get(name), tensor, rules) for name, tensor in tuned.tensors.items()]
+    used = {base.aliases.get(name, name) for name in [*tuned.tensors, *tuned.aliases]}
+    changes += [Change(name, "base_only", tensor, tensor) for name, tensor in base.tensors.items() if name not in used]
+    if all(change.role in ("same", "base_only") for change in changes):
+        raise InputError(
+            f"{tuned.origin} equals its base {base.origin}: there is no delta. Give the weights after fine-tuning."
+        )
+    if all(change.role in ("whole", "base_only") for change in changes):
+        raise InputError(
+            f"no tensor of {tuned.origin} fits one of {base.origin} by name and shape "
+            f"({next(iter(tuned.tensors))!r} and {next(iter(base.tensors))!r}, say). Give two checkpoints of one model."
+        )
+    return sorted(changes, key=lambda change: change.name.encode())
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """Return the SHA-256 of every tensor; several at a time, since hashing releases the interpreter."""
+    with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
+        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+
+
+def fingerprint(named: Iterable[tuple[str, bytes]]) -> bytes:
+    """Return one SHA-256 for a whole base from the names and digests of its tensors, in the order of the names."""
+    sha = hashlib.sha256()
+    for name, value in sorted((name.encode(), value) for name, value in named):
+        sha.update(len(name).to_bytes(4, "little") + name + value)
+    return sha.digest()
+
+
+def _change(name: str, base: Tensor | None, tuned: Tensor, rules: Rules) -> Change:
+    role = rules.role(name, tuned.shape, tuned.dtype)
+    same_kind = (
+        base is not None
+        and base.shape == tuned.shape
+        and (base.dtype == tuned.dtype or (base.dtype.is_floating_point and tuned.dtype.is_floating_point))
+    )
+    if base is None or not same_kind:
+        return Change(name, "whole", None, tuned)
+    if role != "whole" and base.dtype == tuned.dtype and _same_bits(base, tuned):
+        return Change(name, "same", base, tuned)
+    return Change(name, role, None if role == "whole" else base, tuned)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Compare bit patterns: NaN equals itself here, and -0.0 differs from 0.0."""
+    return torch.equal(tensor_bytes(a), tensor_bytes(b))
+
+
+def _without_prefix(base: Weights, tuned: Weights) -> Weights:
+    if any(base.get(name) is not None for name in tuned.tensors):
+        return tuned
+    first = next(iter(base.tensors))
+    prefixes = [name.removesuffix(first) for name in [*tuned.tensors, *tuned.aliases] if name.endswith("." + first)]
+    if len(prefixes) != 1:
+        return tuned
+    cut = len(prefixes[0])
+    tensors = {name[cut:]: tensor for name, tensor in tuned.tensors.items() if name.startswith(prefixes[0])}
+    aliases = {a[cut:]: n[cut:] for a, n in tuned.aliases.items() if a.startswith(prefixes[0]) and n[cut:] in tensors}
+    return Weights(tensors, aliases, tuned.origin)

@@ -1,0 +1,89 @@
+"""Try scales on a live module: write candidate weights, look, restore."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.errors import InputError
+from dtrain.runtime import add
+from dtrain.stages import Decoded, Payload, decode
+from dtrain.weights import read_weights
+
+
+class Candidate(NamedTuple):
+    """One tensor whose scales are to be fitted."""
+
+    base: Tensor
+    decoded: tuple[Decoded, ...]
+    scales: tuple[float, ...]
+    dtype: torch.dtype
+
+
+def candidate(
+    name: str, base: Tensor, payloads: Sequence[Payload], dtype: torch.dtype, device: torch.device
+) -> Candidate:
+    """Return the candidate of one tensor, decoded onto `device`."""
+    decoded = tuple(decode(payload, name, base.shape, device) for payload in payloads)
+    return Candidate(base.to(device), decoded, tuple(payload.scale for payload in payloads), dtype)
+
+
+class Trial:
+    """A context that owns the weights of a module and puts back on exit what it found.
+
+    Args:
+        module: Its tensors are written to.
+        names: The tensors that will be written to.
+
+    Raises:
+        InputError: If the module lacks one of them.
+    """
+
+    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
+        weights = read_weights(module)
+        found = {name: weights.get(name) for name in names}
+        missing = [name for name, tensor in found.items() if tensor is None]
+        if missing:
+            raise InputError(
+                f"the objective's module has no tensor {missing[0]!r} ({len(missing)} names of the delta are missing). "
+                "Give the objective the module whose state dict has the delta's names."
+            )
+        self._tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+        self._found: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Trial:
+        self._found = {name: tensor.clone() for name, tensor in self._tensors.items()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.write(self._found)
+
+    def device(self, name: str) -> torch.device:
+        """Return the device of the module's tensor called `name`."""
+        return self._tensors[name].device
+
+    @torch.no_grad()
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Put whole tensors in place."""
+        for name, value in values.items():
+            self._tensors[name].copy_(value)
+
+    @torch.no_grad()
+    def rescale(self, candidates: Mapping[str, Candidate], factors: Mapping[str, float]) -> None:
+        """Put W0 + factor * scale * decoded in place, by the very arithmetic that `Delta.apply_` uses."""
+        for name, item in candidates.items():
+            positions, values = add(
+                item.base, item.decoded, [factors[name] * scale for scale in item.scales], item.dtype
+            )
+            target = self._tensors[name]
+            if positions is None:
+                target.copy_(values.view(target.shape))
+            elif target.is_contiguous():
+                target.view(-1)[positions] = values.to(target)
+            else:
+                whole = target.reshape(-1)
+                whole[positions] = values.to(target)
+                target.copy_(whole.view(target.shape))

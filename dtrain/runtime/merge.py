@@ -1,0 +1,92 @@
+"""Put one record on its base tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtrain.artifact import Record, Role
+from dtrain.errors import ArtifactError
+from dtrain.stages import Decoded, decode
+from dtrain.weights import tensor_bytes
+
+
+class Patch(NamedTuple):
+    """New `values` at `positions` of a flattened tensor, or of all of it where `positions` is None."""
+
+    positions: Tensor | None
+    values: Tensor
+
+
+def patch(record: Record, base: Tensor | None, origin: object = "delta") -> Patch | None:
+    """Return what a record changes, or None where it changes nothing.
+
+    Args:
+        record: The record; its shape must be the base's.
+        base: The base's tensor, on any device; not looked at for `WHOLE`.
+        origin: The file, for messages.
+
+    Returns:
+        Values of the record's dtype on the base's device.
+
+    Raises:
+        ArtifactError: If a payload does not fit the tensor.
+    """
+    if record.role in (Role.SAME, Role.DROP, Role.BASE_ONLY):
+        return None
+    device = torch.device("cpu") if base is None else base.device
+    try:
+        decoded = [decode(payload, record.name, record.shape, device) for payload in record.payloads]
+    except ValueError as error:
+        raise ArtifactError(origin, "payload", f"{error}. Copy or download the file again.", record.name) from error
+    if record.role is Role.WHOLE:
+        return Patch(None, _from_bytes(decoded[0].values, record))
+    if base is None:
+        raise ValueError(f"record {record.name!r} needs its base tensor")
+    if record.role is Role.XOR:
+        return Patch(None, _from_bytes(tensor_bytes(base).to(device) ^ decoded[0].values, record))
+    return add(base, decoded, [payload.scale for payload in record.payloads], record.dtype)
+
+
+def add(base: Tensor, decoded: Sequence[Decoded], scales: Sequence[float], dtype: torch.dtype) -> Patch:
+    """Return base + sum of scale * values, in float32 (float64 for float64 tensors), rounded once to `dtype`."""
+    flat = base.reshape(-1)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if len(decoded) == 1 and decoded[0].positions is not None:  # touches only what is kept
+        positions, values = decoded[0]
+        return Patch(positions, (flat[positions].to(wide) + values * scales[0]).to(dtype))
+    total = flat.to(wide, copy=True)
+    for (positions, values), scale in zip(decoded, scales, strict=True):
+        if positions is None:
+            total += values * scale
+        else:
+            total[positions] += values * scale
+    return Patch(None, total.to(dtype))
+
+
+def merged(record: Record, base: Tensor | None, origin: object = "delta") -> Tensor:
+    """Return the fine-tuned tensor that a record describes, in its dtype; it never shares memory with the base."""
+    change = patch(record, base, origin)
+    if change is None:
+        if base is None:
+            raise ValueError(f"record {record.name!r} needs its base tensor")
+        return base.detach().to(record.dtype, copy=True)
+    if change.positions is None:
+        return change.values.view(record.shape)
+    if base is None:
+        raise ValueError(f"record {record.name!r} needs its base tensor")
+    out = base.detach().to(record.dtype, copy=True).contiguous()
+    out.view(-1)[change.positions] = change.values
+    return out
+
+
+def _from_bytes(raw: Tensor, record: Record) -> Tensor:
+    # A fresh buffer: a view of the file's bytes might not be aligned for the dtype.
+    values = torch.empty(math.prod(record.shape), dtype=record.dtype, device=raw.device)
+    if values.numel():
+        values.view(torch.uint8).copy_(raw) if record.dtype != torch.uint8 else values.copy_(raw)
+    return values

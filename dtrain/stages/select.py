@@ -1,0 +1,177 @@
+"""Select: which positions of a flattened tensor are stored. A random selection is a seed and costs no bytes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from dtrain.errors import InputError
+from dtrain.stages.philox import stream_key, words
+
+_GAP_TABLE = 1024  # gaps are drawn as 1024 * high + low, so that both tables stay short at any keep rate
+_ONE = 1 << 128  # fixed point of the tables: exact to 2**-32 after any number of products we make
+_STRIDE_BITS = 12  # fractional bits of a stratum's length
+MIN_KEEP = 2.0**-24
+
+
+@dataclass(frozen=True)
+class All:
+    """Every position."""
+
+    tag: ClassVar[int] = 0
+    layout: ClassVar[str] = ""
+
+    def positions(self, name: str, numel: int, device: torch.device | str = "cpu") -> None:
+        """Return None: no positions are needed where all are kept."""
+
+    def count_bounds(self, numel: int) -> tuple[int, int]:
+        """Return the least and the greatest number of kept positions."""
+        return numel, numel
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Every position with probability `keep`, independently (DARE's mask), in time proportional to what is kept.
+
+    The distance from one kept position to the next is geometric. It is drawn from Philox words by integer tables, two
+    words a gap; the result is Bernoulli up to a probability of 2**-32 per draw.
+
+    Args:
+        keep: Probability that a position is kept, in [2**-24, 1).
+        seed: Seed of the mask, in [0, 2**64). One seed gives every tensor its own mask, by its name.
+    """
+
+    keep: float
+    seed: int
+    tag: ClassVar[int] = 1
+    layout: ClassVar[str] = "dQ"
+
+    def __post_init__(self) -> None:
+        _check(self.keep, self.seed)
+
+    def positions(self, name: str, numel: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return the kept positions of the tensor called `name`: int64, ascending, all less than `numel`."""
+        key = stream_key(self.seed, name)
+        low, high = (table.to(device) for table in _gap_tables(self.keep))
+        found: list[Tensor] = []
+        last, drawn = -1, 0
+        while last < numel - 1:
+            missing = (numel - 1 - last) * self.keep
+            # Enough gaps to end in one round nearly always; the words consumed per gap do not depend on the round.
+            gaps = 2 * math.ceil((missing + 4 * math.sqrt(missing) + 8) / 2)
+            pair = words(key, 2 * drawn, 2 * gaps, device).view(-1, 2)
+            gap = _GAP_TABLE * _invert(high, pair[:, 1]) + _invert(low, pair[:, 0])
+            positions = torch.cumsum(gap + 1, 0) + last
+            found.append(positions)
+            last, drawn = int(positions[-1]), drawn + gaps
+        joined = torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=device)
+        return joined[: int(torch.searchsorted(joined, numel))]
+
+    def count_bounds(self, numel: int) -> tuple[int, int]:
+        """Return counts outside which no honest mask falls (12 standard deviations)."""
+        slack = 12 * math.sqrt(numel * self.keep) + 12
+        return max(0, math.floor(numel * self.keep - slack)), min(numel, math.ceil(numel * self.keep + slack))
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """One random position out of every run of `1 / keep` (DeltaDQ's group dropout with one survivor a group).
+
+    Cell j covers the real interval [j / keep, (j + 1) / keep); its survivor is the floor of a uniform draw from it.
+    With an integer 1/keep every group of that many neighbours keeps exactly one. Otherwise a position on a cell's
+    border may be drawn from both sides and is then kept once, so its chance falls short of `keep` by at most
+    keep**2 / 4. Above one half, the *dropped* positions are the stratified ones.
+
+    Args:
+        keep: Share of positions kept, in [2**-24, 1).
+        seed: Seed of the mask, in [0, 2**64). One seed gives every tensor its own mask, by its name.
+    """
+
+    keep: float
+    seed: int
+    tag: ClassVar[int] = 2
+    layout: ClassVar[str] = "dQ"
+
+    def __post_init__(self) -> None:
+        _check(self.keep, self.seed)
+
+    def positions(self, name: str, numel: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return the kept positions of the tensor called `name`: int64, ascending, all less than `numel`."""
+        rate = min(self.keep, 1 - self.keep)
+        # Division and rounding of binary64 are exact by IEEE 754, so this integer is the same everywhere.
+        stride = round((1 << _STRIDE_BITS) / rate)
+        cells = -(-(numel << _STRIDE_BITS) // stride)
+        draw = words(stream_key(self.seed, name), 0, -(-cells // 4) * 4, device)[:cells]
+        start = torch.arange(cells, dtype=torch.int64, device=device) * stride
+        drawn = (start + _scaled(draw, stride)) >> _STRIDE_BITS
+        drawn = cast("Tensor", torch.unique_consecutive(drawn[drawn < numel]))
+        if self.keep <= 0.5:
+            return drawn
+        kept = torch.ones(numel, dtype=torch.bool, device=device)
+        kept[drawn] = False
+        return kept.nonzero().view(-1)
+
+    def count_bounds(self, numel: int) -> tuple[int, int]:
+        """Return the least and the greatest number of kept positions."""
+        rate = min(self.keep, 1 - self.keep)
+        most = min(numel, math.ceil(numel * rate * (1 + 2.0**-10)) + 1)
+        least = max(0, most // 2 - 2)  # a border has two cells; the last may draw past the end
+        return (least, most) if self.keep <= 0.5 else (numel - most, numel - least)
+
+
+Select = All | Bernoulli | Stratified
+
+
+def random_mask(kind: str, keep: float, seed: int) -> Select:
+    """Return the selection called `kind` ("bernoulli" or "stratified") at rate `keep`; `keep=1` is everything."""
+    if kind not in ("bernoulli", "stratified"):
+        raise InputError(f"`mask` must be 'bernoulli' or 'stratified', got {kind!r}.")
+    if keep == 1:
+        return All()
+    return Bernoulli(keep, seed) if kind == "bernoulli" else Stratified(keep, seed)
+
+
+def _check(keep: float, seed: int) -> None:
+    if not MIN_KEEP <= keep < 1:
+        raise InputError(f"`keep` must be in [2**-24, 1], got {keep}. Use keep=0.01 to keep 1 % of the delta.")
+    if not 0 <= seed < 1 << 64:
+        raise InputError(f"`seed` must be in [0, 2**64), got {seed}.")
+
+
+def _scaled(draw: Tensor, stride: int) -> Tensor:
+    """Return floor(draw * stride / 2**32) without leaving 63 bits: `stride` may have 37."""
+    high, low = stride >> 16, stride & 0xFFFF
+    return (draw * high + ((draw * low) >> 16)) >> 16
+
+
+def _invert(table: Tensor, draw: Tensor) -> Tensor:
+    """Return for every draw how many entries of the descending `table` are greater than it."""
+    return torch.searchsorted(-table, -draw, right=False)
+
+
+@functools.lru_cache(maxsize=16)
+def _gap_tables(keep: float) -> tuple[Tensor, Tensor]:
+    """Return P(low >= g) and P(high >= g) for g = 1, 2, ... as 32-bit integers, descending.
+
+    A geometric gap splits into two independent parts, 1024 * high + low: `high` is geometric with the 1024th power of
+    the failure rate, `low` is the same geometric law cut off at 1024.
+    """
+    miss = _ONE - (int(keep * 2.0**80) << 48)  # exact: the last bit of a binary64 above 2**-24 is above 2**-80
+    power: int = _ONE
+    low_powers: list[int] = []
+    for _ in range(_GAP_TABLE):
+        power = power * miss >> 128
+        low_powers.append(power)
+    cut = low_powers.pop()
+    low = [((p - cut) << 32) // (_ONE - cut) for p in low_powers]
+    high: list[int] = []
+    tail = cut
+    while tail >> 96:
+        high.append(tail >> 96)
+        tail = tail * cut >> 128
+    return torch.tensor(low, dtype=torch.int64), torch.tensor(high, dtype=torch.int64)

@@ -1,0 +1,149 @@
+"""Read the weights of a model, wherever they live: a module, a state dict, safetensors files, a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dtrain.errors import InputError
+from dtrain.stages.bits import as_buffer
+
+#: What every door of dtrain accepts as a model.
+Source = nn.Module | Mapping[str, Tensor] | str | Path
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Named tensors of one model, tied ones once.
+
+    Args:
+        tensors: Tensors by name, sorted. Where several names share one tensor, the first name in order has it.
+        aliases: The other names of tied tensors, each with the name that has the tensor.
+        origin: Where they came from, for messages.
+    """
+
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str] = field(default_factory=dict[str, str])
+    origin: str = "state dict"
+
+    def get(self, name: str) -> Tensor | None:
+        """Return the tensor called `name`, by any of its names, or None."""
+        return self.tensors.get(self.aliases.get(name, name))
+
+
+def read_weights(source: Source) -> Weights:
+    """Read all parameters and persistent buffers of `source`.
+
+    Args:
+        source: A module, a state dict, or the path of a `.safetensors` file, of a (sharded) Hugging Face folder, or of
+            a Lightning `.ckpt` or torch `.pt`/`.bin` file, which is read with `weights_only=True`. `_orig_mod.`, which
+            `torch.compile` puts into names, is taken out. The tensors share memory with the source where they can.
+
+    Raises:
+        InputError: If there is nothing at the path, or nothing in it that can be read as weights.
+    """
+    if isinstance(source, Weights):
+        return source
+    if isinstance(source, nn.Module):
+        return _collect(source.state_dict(keep_vars=False), f"module {type(source).__name__}")
+    if isinstance(source, Mapping):
+        return _collect(source, "state dict")
+    path = Path(source)
+    if not path.exists():
+        raise InputError(f"{path} does not exist. Give a .safetensors file, a Hugging Face folder or a .ckpt file.")
+    if path.is_dir():
+        return _collect(_read_folder(path), str(path))
+    if path.suffix == ".safetensors":
+        return _collect(_read_safetensors(path), str(path))
+    return _collect(_read_checkpoint(path), str(path))
+
+
+def digest(tensor: Tensor) -> bytes:
+    """Return the SHA-256 of a tensor's dtype, shape and bytes (little-endian, row-major)."""
+    header = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    sha = hashlib.sha256(header.encode())
+    sha.update(as_buffer(tensor_bytes(tensor)))
+    return sha.digest()
+
+
+def tensor_bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor, value by value, as uint8 on the CPU; shares memory where it can."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8) if flat.dtype != torch.uint8 else flat
+
+
+def _collect(state: Mapping[str, object], origin: str) -> Weights:
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[object, ...], str] = {}
+    for name, value in sorted((name.replace("_orig_mod.", ""), value) for name, value in state.items()):
+        if not isinstance(value, Tensor):
+            continue  # `_extra_state` and the like are no weights
+        tensor = value.detach()
+        if tensor.is_meta:
+            raise InputError(
+                f"{origin}: tensor {name!r} is on the meta device and has no values. Load the weights first."
+            )
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in seen:
+            aliases[name] = seen[place]
+        else:
+            seen[place] = name
+            tensors[name] = tensor
+    if not tensors:
+        raise InputError(f"{origin} holds no tensors. Give a model, a state dict or a file of weights.")
+    return Weights(tensors, aliases, origin)
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    index = folder / _INDEX
+    if index.exists():
+        try:
+            names = cast("dict[str, str]", json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{index} is no index of sharded weights ({error}). Download the folder again.") from error
+        shards: Iterable[Path] = [folder / shard for shard in sorted(set(names.values()))]
+    else:
+        shards = (
+            [folder / "model.safetensors"] if (folder / "model.safetensors").exists() else folder.glob("*.safetensors")
+        )
+    merged: dict[str, Tensor] = {}
+    for shard in sorted(shards):
+        if not shard.exists():
+            raise InputError(f"{folder} lacks the shard {shard.name} that its index names. Download the folder again.")
+        merged.update(_read_safetensors(shard))
+    if not merged:
+        raise InputError(f"{folder} holds no .safetensors file. Save the model with save_pretrained() or give a file.")
+    return merged
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with cast("Any", safe_open(path, framework="pt")) as file:
+            return {name: file.get_tensor(name) for name in cast("list[str]", file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read as safetensors ({error}). Is the download complete?") from error
+
+
+def _read_checkpoint(path: Path) -> Mapping[str, object]:
+    try:
+        content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the unpickler raises whatever the bytes make it raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} cannot be read as a checkpoint with weights_only=True ({reason}).") from error
+    if isinstance(content, Mapping):
+        outer = cast("Mapping[str, object]", content)
+        state = outer.get("state_dict", outer)
+        if isinstance(state, Mapping):
+            return cast("Mapping[str, object]", state)
+    raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint. Expected a dict of tensors.")
