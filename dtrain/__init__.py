@@ -14,6 +14,7 @@ from dtrain.fit import HiddenChange, Metric, Objective
 from dtrain.methods import METHODS, Dare, DareX, Lossless, Method
 from dtrain.optim import AdamR
 from dtrain.rules import Rules
+from dtrain.weights import Weights, read_weights
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,8 @@ __all__ = [
     "NeedsDataError",
     "Objective",
     "Rules",
+    "Weights",
     "compress",
     "load",
+    "read_weights",
 ]

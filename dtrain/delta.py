@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -89,7 +88,7 @@ class Delta:
         """
         remove_in_place(self.content, model)
 
-    def state_dict(self, base_state: Mapping[str, Tensor] | Source) -> dict[str, Tensor]:
+    def state_dict(self, base_state: Source) -> dict[str, Tensor]:
         """Return the fine-tuned model's weights: new tensors; `base_state` stays as it is.
 
         Args:

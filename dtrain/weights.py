@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from dtrain.errors import InputError
 from dtrain.stages.bits import as_buffer
 
-#: What every door of dtrain accepts as a model.
-Source = nn.Module | Mapping[str, Tensor] | str | Path
-
 _INDEX = "model.safetensors.index.json"
 
 
@@ -39,6 +36,10 @@ class Weights:
     def get(self, name: str) -> Tensor | None:
         """Return the tensor called `name`, by any of its names, or None."""
         return self.tensors.get(self.aliases.get(name, name))
+
+
+#: What every door of dtrain accepts as a model.
+Source = nn.Module | Mapping[str, Tensor] | str | Path | Weights
 
 
 def read_weights(source: Source) -> Weights:
@@ -146,4 +147,4 @@ def _read_checkpoint(path: Path) -> Mapping[str, object]:
         state = outer.get("state_dict", outer)
         if isinstance(state, Mapping):
             return cast("Mapping[str, object]", state)
-    raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint. Expected a dict of tensors.")
+    raise InputError(f"{path} is not a checkpoint: expected a dict of tensors, or one with a `state_dict`.")

@@ -1,0 +1,6 @@
+"""The Lightning layer: decides *when*. The engine in `dtrain` decides *how*."""
+
+from dtrain.callbacks.adamr import AdamRCallback
+from dtrain.callbacks.compression import DeltaCompressionCallback, Outcome
+
+__all__ = ["AdamRCallback", "DeltaCompressionCallback", "Outcome"]

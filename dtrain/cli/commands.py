@@ -1,0 +1,112 @@
+"""What every command does: functions from arguments to an `Outcome`, which the caller prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from dtrain.cli.checkpoint import write_merged
+from dtrain.cli.outcome import Outcome, describe, method_rows, method_table, report_lines, tensor_table
+from dtrain.cli.parser import UsageError
+from dtrain.compression import compress as make_delta
+from dtrain.delta import Delta, load
+from dtrain.errors import InputError, NeedsDataError
+from dtrain.methods import Method
+from dtrain.rules import Rules
+from dtrain.weights import read_weights
+
+
+def compress(base: str, finetuned: str, out: str, method: Method, **patterns: Sequence[str] | None) -> Outcome:
+    """Compress what fine-tuning changed into the file `out`; `patterns` are the fields of `Rules` that were given."""
+    _check_out(out, BASE=base, FINETUNED=finetuned)
+    rules = Rules(**{field: given for field, given in patterns.items() if given is not None})
+    try:
+        with _busy("compressing"):
+            delta = make_delta(base, finetuned, method, rules=rules)
+    except NeedsDataError as error:
+        name = type(method).__name__
+        raise UsageError(
+            f"{error} Here, an argument is written --method.NAME VALUE: see dtrain compress --method.help {name}"
+        ) from error
+    delta.save(out)
+    report = delta.report()
+    data = {"out": out, "fingerprint": _fingerprint(delta), **report.as_dict()}
+    return Outcome(data, [*report_lines(report), f"wrote {out}"])
+
+
+def apply(base: str, delta: str, out: str) -> Outcome:
+    """Write the fine-tuned checkpoint that a base and a delta make."""
+    if Path(out).suffix != ".safetensors":
+        raise UsageError(f"OUT must end with .safetensors, got {out}. Use {Path(out).with_suffix('.safetensors')}")
+    _check_out(out, DELTA=delta)
+    loaded = load(delta)
+    tensors, size = write_merged(Path(out), loaded.content, read_weights(base), delta)
+    data = {"out": out, "fingerprint": _fingerprint(loaded), "tensors": tensors, "bytes": size}
+    return Outcome(data, [f"wrote {out}: {tensors:,} tensors, {size:,} bytes"])
+
+
+def inspect(delta: str, tensors: bool = False) -> Outcome:
+    """Show what a delta file holds."""
+    loaded = load(delta)
+    report, metadata = loaded.report(), loaded.content.metadata
+    data = {"delta": delta, "fingerprint": _fingerprint(loaded), "metadata": metadata, **report.as_dict()}
+    shown = [*report_lines(report), *describe(metadata), f"fingerprint of the base: {_fingerprint(loaded)}"]
+    if tensors:
+        data["records"], table = tensor_table(loaded.content.records)
+        shown.append(table)
+    return Outcome(data, shown)
+
+
+def verify(base: str, delta: str) -> Outcome:
+    """Check every byte of a delta file, and that `base` is its base."""
+    with _busy("verifying"):
+        loaded = load(delta)
+        loaded.verify(base)
+    fingerprint = _fingerprint(loaded)
+    data = {"ok": True, "delta": delta, "base": base, "fingerprint": fingerprint}
+    return Outcome(data, [f"ok: {delta} is intact and {base} is its base, fingerprint {fingerprint}"])
+
+
+def methods() -> Outcome:
+    """List the compression methods."""
+    rows = method_rows()
+    return Outcome({"methods": rows}, [method_table(rows)])
+
+
+#: The commands by name.
+COMMANDS: dict[str, Callable[..., Outcome]] = {
+    "compress": compress,
+    "apply": apply,
+    "inspect": inspect,
+    "verify": verify,
+    "methods": methods,
+}
+
+
+def _fingerprint(delta: Delta) -> str:
+    return delta.content.fingerprint.hex()
+
+
+def _check_out(out: str, **inputs: str) -> None:
+    """Refuse, before any work is done, a place that cannot be written to or that holds one of the inputs."""
+    path = Path(out)
+    for name, given in inputs.items():
+        source = Path(given)
+        if not (path.exists() and source.exists()):
+            continue
+        if path.samefile(source):
+            raise UsageError(f"OUT and {name} are the same file, {out}. Give another OUT.")
+        if source.resolve() in path.resolve().parents:
+            raise UsageError(f"OUT {out} is a file of {name} {given}. Give another OUT.")
+    if not path.parent.is_dir():
+        raise InputError(f"{out} cannot be written: there is no folder {path.parent}. Make it, or give another OUT.")
+
+
+@contextmanager
+def _busy(what: str) -> Generator[None]:
+    """Show on a terminal's standard error that something is going on."""
+    with Console(stderr=True).status(what):
+        yield

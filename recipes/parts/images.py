@@ -1,0 +1,178 @@
+"""Images and labels: the digits that ship with scikit-learn, a Hub data set, or a local folder of Parquet files."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+from dtrain.errors import InputError
+
+Labelled = tuple[Tensor, Tensor]  # uint8 images (n, 3, height, width) and int64 labels (n,)
+
+
+class Images(L.LightningDataModule):
+    """Labelled images, decoded once and kept in memory; crops and flips are drawn per batch, from seed and epoch.
+
+    Args:
+        dataset: `digits`, a Hub data set such as `uoft-cs/cifar10`, or a folder of Parquet files in the Hub's schema.
+        revision: Revision of a Hub data set.
+        classes: Labels to use, renumbered from 0; all of them if empty.
+        batch_size: Images per batch.
+        image_size: Side to which images are resized; 0 leaves them as they are.
+        train_limit: Use this many training images at most; 0 for all.
+        calibration: Training images that are held out, for fitting scales; never used for training.
+        augment: Random crops and flips while training. Not for digits, which flips would change.
+        seed: Order of the training images, together with the epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: str = "digits",
+        revision: str = "main",
+        classes: Sequence[int] = (),
+        batch_size: int = 64,
+        image_size: int = 0,
+        train_limit: int = 0,
+        calibration: int = 256,
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.dataset, self.revision, self.classes = dataset, revision, list(classes)
+        self.batch_size, self.image_size, self.train_limit, self.seed = batch_size, image_size, train_limit, seed
+        self.calibration, self.augment = calibration, augment and dataset != "digits"
+        self._splits: dict[str, Labelled] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes in use."""
+        return len(self.classes) or int(self.split("train")[1].max()) + 1
+
+    def split(self, name: str) -> Labelled:
+        """Return "train", "calibration" (held out of the training images) or "val"."""
+        if not self._splits:
+            train, val = read_digits() if self.dataset == "digits" else read_parquet(self.dataset, self.revision)
+            train, val = (choose(part, self.classes) for part in (train, val))
+            order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))
+            held, rest = order[: self.calibration], order[self.calibration :][: self.train_limit or None]
+            if len(rest) < self.batch_size:
+                raise InputError(f"{len(rest)} training images are left; give more, or a smaller --data.batch_size.")
+            parts = {"train": rest, "calibration": held}
+            self._splits = {key: (train[0][index], train[1][index]) for key, index in parts.items()} | {"val": val}
+        return self._splits[name]
+
+    def train_dataloader(self) -> DataLoader:
+        data = TensorDataset(*self.split("train"))
+        return DataLoader(data, self.batch_size, sampler=Shuffled(len(data), self.seed), drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(*self.split("val")), 256)
+
+    def calibration_dataloader(self) -> DataLoader:
+        """Give DeltaCompressionCallback training images that were not trained on, in a fixed order."""
+        return DataLoader(TensorDataset(*self.split("calibration")), self.batch_size)
+
+    def on_after_batch_transfer(self, batch: Labelled, dataloader_idx: int) -> Labelled:
+        training = self.trainer is not None and self.trainer.training
+        return self.normalise(batch, augment=self.augment and training)
+
+    def normalise(self, batch: Labelled, *, augment: bool = False) -> Labelled:
+        """Return what the model takes: resized, perhaps cropped and flipped, with mean 0 and variance 1."""
+        images = batch[0].float() / 255
+        if self.image_size and images.shape[-1] != self.image_size:
+            images = interpolate(images, size=self.image_size, mode="bicubic", antialias=True).clamp_(0, 1)
+        if augment:
+            images = crop_and_flip(images)
+        mean, std = (torch.tensor(value, device=images.device).view(1, 3, 1, 1) for value in (MEAN, STD))
+        return (images - mean) / std, batch[1]
+
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10; any fixed pair would do
+
+
+class Shuffled(Sampler[int]):
+    """A permutation drawn from seed and epoch; Lightning calls `set_epoch`, also after a resume."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        return iter(torch.randperm(self.size, generator=generator).tolist())
+
+
+def crop_and_flip(images: Tensor) -> Tensor:
+    """Shift every image by up to an eighth of its side and mirror half of them."""
+    count, _, _, side = images.shape
+    margin = side // 8
+    padded = pad(images, (margin,) * 4, mode="reflect")
+    top, left = torch.randint(0, 2 * margin + 1, (2, count, 1), device=images.device)
+    step = torch.arange(side, device=images.device)
+    columns = torch.where(torch.rand(count, 1, device=images.device) < 0.5, step, step.flip(0)) + left
+    rows, which = step + top, torch.arange(count, device=images.device)
+    return padded[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def choose(part: Labelled, classes: Sequence[int]) -> Labelled:
+    """Keep the given classes and renumber them from 0."""
+    images, labels = part
+    if not classes:
+        return part
+    found = sorted(set(labels.tolist()))
+    if missing := sorted(set(classes) - set(found)):
+        raise InputError(f"--data.classes names {missing}, but the data set has the labels {found}.")
+    keep = torch.isin(labels, torch.tensor(classes))
+    return images[keep], torch.tensor([classes.index(label) for label in labels[keep].tolist()])
+
+
+def read_digits() -> tuple[Labelled, Labelled]:
+    """Return scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; every fourth is for validation."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images * 255 / 16).round().to(torch.uint8).unsqueeze(1).expand(-1, 3, -1, -1)
+    labels = torch.tensor(digits.target, dtype=torch.int64)
+    is_val = torch.arange(len(labels)) % 4 == 0
+    return (images[~is_val], labels[~is_val]), (images[is_val], labels[is_val])
+
+
+def read_parquet(dataset: str, revision: str) -> tuple[Labelled, Labelled]:
+    """Return the train and test (or validation) split of a Hub data set or a local folder in its schema."""
+    from datasets import load_dataset
+
+    local = Path(dataset).exists()
+    try:
+        splits = load_dataset(dataset) if local else load_dataset(dataset, revision=revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"data set {dataset!r} cannot be loaded ({str(error).splitlines()[0]}). "
+            "Give a local folder of Parquet files, or run without network: --preset offline."
+        ) from error
+    val = next((name for name in ("test", "validation") if name in splits), None)
+    if "train" not in splits or val is None:
+        raise InputError(f"{dataset!r} has the splits {list(splits)}; expected train and test or validation.")
+    return to_tensors(splits["train"]), to_tensors(splits[val])
+
+
+def to_tensors(split) -> Labelled:  # noqa: ANN001 - a datasets.Dataset
+    """Decode one split."""
+    import numpy as np
+
+    image = next((name for name in ("img", "image") if name in split.column_names), None)
+    label = next((name for name in ("label", "fine_label", "labels") if name in split.column_names), None)
+    if image is None or label is None:
+        raise InputError(f"the columns are {split.column_names}; expected an image column `img` and a `label`.")
+    pictures = [np.asarray(picture.convert("RGB")) for picture in split[image]]
+    if len({picture.shape for picture in pictures}) > 1:
+        raise InputError("the images have different sizes. Resize them to one size first.")
+    return torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), torch.tensor(split[label])

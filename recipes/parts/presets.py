@@ -1,0 +1,35 @@
+"""Choose between the real thing and its offline twin, and say why."""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import HfHubHTTPError
+
+
+def choose_preset(argv: Sequence[str]) -> tuple[str, str]:
+    """Return (preset, reason) for a command line.
+
+    Args:
+        argv: The arguments; only `--preset auto|hub|offline` is looked at, the rest belongs to the recipe's own parser.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--preset", choices=("auto", "hub", "offline"), default="auto")
+    asked = parser.parse_known_args(argv)[0].preset
+    if asked != "auto":
+        return asked, "as asked"
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        return "offline", "no accelerator; ask for the real thing with --preset hub"
+    if not hub_answers():
+        return "offline", "the Hugging Face Hub does not answer; ask for it with --preset hub"
+    return "hub", "an accelerator and the Hugging Face Hub are there"
+
+
+def hub_answers(seconds: float = 5.0) -> bool:
+    """Return whether the Hub answers a small question in time."""
+    try:
+        HfApi().dataset_info("uoft-cs/cifar10", timeout=seconds)
+    except (OSError, HfHubHTTPError, RuntimeError):  # every way in which a network can be absent
+        return False
+    return True

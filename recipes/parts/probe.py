@@ -1,0 +1,33 @@
+"""The true floor of a fine-tune: a linear classifier on the frozen features of the base."""
+
+from collections.abc import Iterable
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from dtrain.fit import HiddenCapture
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def features(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
+    """Return what the last linear layer of `model` gets to see, and the labels."""
+    model.eval()
+    seen: list[Tensor] = []
+    labels: list[Tensor] = []
+    with HiddenCapture(model) as capture:
+        for images, label in batches:
+            model(images)
+            seen.append(capture.last.flatten(1).cpu())
+            labels.append(label.cpu())
+    return torch.cat(seen), torch.cat(labels)
+
+
+def probe_accuracy(base: nn.Module, train: Batches, val: Batches) -> float:
+    """Return the validation accuracy of a logistic regression on the base's features of the training images."""
+    (x, y), (x_val, y_val) = features(base, train), features(base, val)
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    probe = LogisticRegression(max_iter=500).fit(((x - mean) / std).numpy(), y.numpy())
+    return float(probe.score(((x_val - mean) / std).numpy(), y_val.numpy()))

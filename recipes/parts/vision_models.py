@@ -1,0 +1,82 @@
+"""Vision transformers to start from: timm's, a local folder's, or a small one pre-trained on the spot."""
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from dtrain.errors import InputError
+from dtrain.progress import progress
+from parts.images import Images
+
+CACHE = Path("runs/cache/vit_digits_base")
+DIGITS_VIT = {"img_size": 8, "patch_size": 2, "embed_dim": 96, "depth": 4, "num_heads": 3, "num_classes": 5}
+
+
+def load_vit(pretrained: str, num_classes: int) -> nn.Module:
+    """Return a pre-trained vision transformer with a fresh head.
+
+    Args:
+        pretrained: `digits` (pre-trained here and cached), a folder with `config.json` and `model.safetensors`, or the
+            name of a timm model, which is downloaded.
+        num_classes: Outputs of the fresh head.
+    """
+    if pretrained == "digits":
+        pretrained = str(pretrain_on_digits())
+    folder = Path(pretrained)
+    if not folder.is_dir():
+        return from_timm(pretrained, num_classes)
+    config = json.loads((folder / "config.json").read_text())
+    if "model_args" not in config:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=num_classes)
+    model = VisionTransformer(**config["model_args"])
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.reset_classifier(num_classes)
+    return model
+
+
+def from_timm(name: str, num_classes: int) -> nn.Module:
+    """Download a model from the Hub by its timm name."""
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=num_classes)
+    except RuntimeError as error:
+        raise InputError(f"timm has no weights called {name!r} ({error}). See timm.list_pretrained('vit*').") from error
+    except OSError as error:
+        raise InputError(
+            f"{name!r} cannot be downloaded ({str(error).splitlines()[0]}). "
+            "Give a local folder with --model.pretrained, or run without network: --preset offline."
+        ) from error
+
+
+def pretrain_on_digits(steps: int = 800) -> Path:
+    """Train the small base on the even digits, once, and return its folder."""
+    if (CACHE / "model.safetensors").exists():
+        return CACHE
+    with torch.random.fork_rng(devices=[]):  # whether the base was cached must not change the fine-tuning
+        torch.manual_seed(0)
+        data = Images(dataset="digits", classes=(0, 2, 4, 6, 8), calibration=0)
+        model = VisionTransformer(**DIGITS_VIT)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
+        loader = data.train_dataloader()
+        with progress("pre-training the base on even digits", steps) as advance:
+            for step in range(steps):
+                if step % len(loader) == 0:
+                    loader.sampler.set_epoch(step // len(loader))
+                    batches = iter(loader)
+                images, labels = data.normalise(next(batches))
+                loss = cross_entropy(model(images), labels, label_smoothing=0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                advance(f"loss {float(loss):.3f}")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    (CACHE / "config.json").write_text(json.dumps({"model_args": DIGITS_VIT}, indent=1))
+    save_file(model.state_dict(), CACHE / "model.safetensors")  # last: its presence says that the folder is whole
+    return CACHE
