@@ -1,9 +1,12 @@
 """What `dtrain compress` and `dtrain apply` cost beside plainly reading the two checkpoints.
 
-Run with `python -m bench.cli_speed [--megabytes 400] [--rounds 3] [--threads 2]`. Every measurement is a fresh process on a synthetic
-transformer in float32: weights N(0, 0.02), delta N(0, 2e-4). Both files are in the page cache. `work` is the time of
-the command alone, `process` includes the start of Python and the imports; `anonymous` is the peak of the memory that
-is the process's own, `resident` also counts mapped pages of the checkpoints, which the system may drop at any time.
+Run with `python -m bench.cli_speed [--megabytes 400] [--rounds 3] [--threads 2] [--cold]`. Every measurement is a fresh
+process on a synthetic transformer in float32: weights N(0, 0.02), delta N(0, 2e-4).
+
+`read` maps both checkpoints and sums every tensor; `copy` copies one of them and waits until it is on the disk. The
+commands also hash the base (SHA-256), and `apply` writes a checkpoint as `copy` does. Work is the time of the command
+alone, process includes the start of Python and the imports. Own memory is what the peak of the process's own pages adds
+to the imports; resident also counts the imports and the mapped pages of the checkpoints, which the system may drop.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import contextlib
 import io
 import json
 import os
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,10 +61,17 @@ def read() -> None:
             tensor.sum()
 
 
+def copy() -> None:
+    """Copy one file, through to the disk."""
+    shutil.copyfile("base.safetensors", "copy.safetensors")
+    with Path("copy.safetensors").open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def work(name: str) -> None:
     """Run one of the things that are timed."""
-    if name == "read":
-        read()
+    if name in FLOORS:
+        FLOORS[name]()
         return
     from dtrain.cli import main
 
@@ -71,29 +81,32 @@ def work(name: str) -> None:
         sys.exit(code)
 
 
+FLOORS = {"read": read, "copy": copy}
+
+
 def child(name: str) -> None:
     """Measure one of them in this very process and write the figures as JSON."""
     import safetensors.torch  # noqa: F401 - imports are no part of the work
 
     import dtrain.cli.commands  # noqa: F401
 
-    with _anonymous_peak() as peak:
+    with _own_peak() as peak:
         start = time.perf_counter()
         work(name)
         seconds = time.perf_counter() - start
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    sys.stdout.write(json.dumps({"work": seconds, "anonymous": peak[-1] - peak[0], "resident": resident}))
+    figures = {"work": seconds, "own": peak[-1] - peak[0], "resident": _memory("VmHWM")}
+    sys.stdout.write(json.dumps(figures))
 
 
 @contextlib.contextmanager
-def _anonymous_peak() -> Iterator[list[float]]:
+def _own_peak() -> Iterator[list[float]]:
     """Yield [before, peak] of the process's own memory in MB, looked at every few milliseconds."""
-    seen = [_anonymous(), 0.0]
+    seen = [_memory("RssAnon"), 0.0]
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.005):
-            seen[1] = max(seen[1], _anonymous())
+            seen[1] = max(seen[1], _memory("RssAnon"))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -104,19 +117,20 @@ def _anonymous_peak() -> Iterator[list[float]]:
         thread.join()
 
 
-def _anonymous() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1000
-    return 0.0
+def _memory(field: str) -> float:
+    """Return one line of the kernel's account of this process, in MB; `ru_maxrss` would include the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1000
 
 
-def measure(name: str, folder: Path, rounds: int, threads: int) -> dict[str, float]:
+def measure(name: str, folder: Path, rounds: int, threads: int, cold: bool) -> dict[str, float]:
     """Return the least of every figure over several fresh processes."""
     runs: list[dict[str, float]] = []
     command = [sys.executable, "-m", "bench.cli_speed", "--child", name, "--folder", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     for _ in range(rounds):
+        if cold:
+            _evict(folder)
         start = time.perf_counter()
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
         runs.append({**json.loads(output), "process": time.perf_counter() - start})
@@ -124,18 +138,26 @@ def measure(name: str, folder: Path, rounds: int, threads: int) -> dict[str, flo
     return {key: min(run[key] for run in runs) for key in runs[0]}
 
 
+def _evict(folder: Path) -> None:
+    """Make the system forget what it has cached of the files."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # only pages that are on the disk can be dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def report(figures: dict[str, dict[str, float]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for header in ("", "work s", "ratio to read", "process s", "anonymous MB", "resident MB"):
+    for header in ("", "work s", "ratio to read", "process s", "own MB", "resident MB"):
         table.add_column(header, justify="right" if header else "left")
     floor = figures["read"]["work"]
     for name, row in figures.items():
         seconds = (f"{row['work']:.2f}", f"{row['work'] / floor:.2f}", f"{row['process']:.2f}")
-        table.add_row(name, *seconds, f"{row['anonymous']:.0f}", f"{row['resident']:.0f}")
-    Console(width=100).print(table)
+        table.add_row(name, *seconds, f"{row['own']:.0f}", f"{row['resident']:.0f}")
+    Console(width=110).print(table)
 
 
 def main() -> None:
@@ -143,6 +165,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before every run")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -152,8 +175,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make_pair(Path(folder), args.megabytes)
-        figures = {name: measure(name, Path(folder), args.rounds, args.threads) for name in ("read", *COMMANDS)}
-        report(figures, f"two checkpoints of {args.megabytes} MB, Dare(keep=0.01), {args.threads} threads")
+        figures = {n: measure(n, Path(folder), args.rounds, args.threads, args.cold) for n in (*FLOORS, *COMMANDS)}
+        where = "from the disk" if args.cold else "from the page cache"
+        report(figures, f"two checkpoints of {args.megabytes} MB {where}, Dare(keep=0.01), {args.threads} threads")
 
 
 if __name__ == "__main__":

@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from dtrain.callbacks.evaluation import Mode, ValidationObjective, pick, validate
-from dtrain.callbacks.snapshot import BaseSnapshot, base_hash, checkpoint_folder
-from dtrain.callbacks.strategies import refuse_sharded
-from dtrain.callbacks.table import outcome_table
+from dtrain.callbacks.base import Base
+from dtrain.callbacks.checks import check_choices, check_path, check_run, check_validation_step
+from dtrain.callbacks.evaluation import has_validation, validate
+from dtrain.callbacks.live import kept, load_weights, part_of, same_on_all_ranks, submodule, without_counters
+from dtrain.callbacks.objective import Mode, ValidationObjective, check_calibration, goal, missing_metric, pick
+from dtrain.callbacks.outcome import Outcome, conclude, run_folder
 from dtrain.compression import compress
 from dtrain.delta import Delta
 from dtrain.errors import InputError
 from dtrain.methods import DareX, Method
-from dtrain.report import Report
 from dtrain.rules import HEADS, Rules
 from dtrain.weights import Weights, read_weights
 
-#: Callbacks that put other weights into the module when training ends.
-_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What `DeltaCompressionCallback` leaves behind.
-
-    Args:
-        path: The delta file.
-        report: Its size.
-        scores: What validation logs for the "base", "finetuned" and "compressed" model, by name.
-        drop: How much worse the compressed model is than the fine-tuned one, in the monitored metric; None without one.
-    """
-
-    path: Path
-    report: Report
-    scores: dict[str, dict[str, float]]
-    drop: float | None
+__all__ = ["DeltaCompressionCallback", "Outcome"]
 
 
 class DeltaCompressionCallback(pl.Callback):
@@ -70,11 +50,16 @@ class DeltaCompressionCallback(pl.Callback):
         Scales are fitted on training inputs. Define `calibration_dataloader()` on the LightningModule or the data
         module to give them without augmentation, or held out; else the training data set is read in order, as it is.
 
+    Note:
+        Afterwards `callback.delta` is the delta and `callback.outcome` what it costs; not with `ddp_spawn`, whose
+        processes take what they know with them.
+
     Args:
         method: How to compress; None is `DareX(keep=0.1)`.
         path: Where the file goes; None is `delta.safetensors` in the log folder of the run.
         monitor: Metric of the validation loop; None is the one that the checkpoint callback monitors, if it does.
-        mode: "max" where more of it is better, "min" where less is.
+        mode: "max" where more of it is better, "min" where less is; None is the checkpoint callback's mode, if that
+            monitors the same metric, else "max".
         source: "last" for the weights at the end, "best" for those of the best checkpoint.
         module: Dotted name of the submodule to compress, such as "model". The file then has the names of that
             submodule, so it fits the plain model outside Lightning. Empty for the whole LightningModule.
@@ -97,7 +82,7 @@ class DeltaCompressionCallback(pl.Callback):
         method: Method | None = None,
         path: str | Path | None = None,
         monitor: str | None = None,
-        mode: Mode = "max",
+        mode: Mode | None = None,
         source: Literal["last", "best"] = "last",
         module: str = "",
         base: str | Path | None = None,
@@ -108,127 +93,109 @@ class DeltaCompressionCallback(pl.Callback):
         whole: Sequence[str] = HEADS,
         drop: Sequence[str] = (),
     ) -> None:
-        for name, value, allowed in (
-            ("mode", mode, ("max", "min")),
-            ("source", source, ("last", "best")),
-            ("fit_on", fit_on, ("hidden", "metric")),
-        ):
-            if value not in allowed:
-                raise InputError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        check_choices(mode=(mode, ("max", "min", None)), source=(source, ("last", "best")))
+        check_choices(fit_on=(fit_on, ("hidden", "metric")))
         if calibration_batches < 1:
             raise InputError(f"`calibration_batches` must be at least 1, got {calibration_batches}.")
         self.method = method or DareX()
-        self.path, self.base, self.monitor = path, base, monitor
-        self.mode: Mode = mode
-        self.source, self.module, self.fit_on, self.calibration_batches = source, module, fit_on, calibration_batches
+        self.path, self.monitor, self.source, self.module = path, monitor, source, module
+        self.mode: Mode | None = mode
+        self.fit_on, self.calibration_batches = fit_on, calibration_batches
         self.rules = Rules(include=include, exclude=exclude, whole=whole, drop=drop)
         self.delta: Delta | None = None
         self.outcome: Outcome | None = None
-        self._snapshot: BaseSnapshot | None = None
-        self._base_hash: str | None = None  # of `base`, so that a resumed run notices another one
-        self._resumed = False
-
-    @property
-    @override
-    def state_key(self) -> str:
-        """Several callbacks may compress several parts, each into its own file."""
-        return self._generate_state_key(module=self.module, path=str(self.path))
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Called when a checkpoint is saved: remember the base by name and hash."""
-        snapshot = self._snapshot
-        return {
-            "snapshot": None if snapshot is None else [snapshot.name, snapshot.sha256],
-            "base_sha256": self._base_hash,
-        }
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Called when a checkpoint is restored that was written with this callback."""
-        saved = state_dict["snapshot"]
-        self._snapshot = None if saved is None else BaseSnapshot(*saved)
-        self._base_hash = state_dict["base_sha256"]
+        self._base = Base(base, module)
+        self._metrics_before: dict[str, Any] = {}  # as they were when validation began, to tell which it logs
+        self._metric_seen = False  # whether validation has logged the metric in this fit
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a stage begins: refuse what cannot work now rather than after hours of training."""
         if stage != "fit":
             return
-        refuse_sharded(trainer, "DeltaCompressionCallback", "its weights would have to be gathered")
-        callbacks = cast("list[pl.Callback]", trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-        later = callbacks[callbacks.index(self) + 1 :]
-        names = [parent.__name__ for callback in later for parent in type(callback).__mro__]
-        if self.source == "last" and (found := [name for name in _AVERAGING if name in names]):
-            raise InputError(
-                f"{found[0]} puts averaged weights into the module when training ends, after DeltaCompressionCallback "
-                f"has compressed the others. Put DeltaCompressionCallback behind {found[0]} in `callbacks`."
-            )
-        if self.source == "best" and trainer.checkpoint_callback is None:
-            raise InputError(
-                "source='best' needs a checkpoint callback. Add ModelCheckpoint(monitor=...) or use 'last'."
-            )
+        self.delta, self.outcome, self._metric_seen = None, None, False
+        self._base.begin()
+        check_run(self, trainer)
+        check_path(self.path)
+        if self._needs_objective:
+            check_validation_step(pl_module)
+            if self.fit_on == "metric" and goal(trainer, self.monitor, self.mode)[0] is None:
+                raise InputError("fit_on='metric' needs a metric. Set DeltaCompressionCallback(monitor=...).")
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Called when a checkpoint is saved: note the base in it."""
+        self._base.save(checkpoint)
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Called when a checkpoint is restored, whether or not this callback was there when it was written."""
-        self._resumed = True
+        self._base.load(checkpoint)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when fit begins: make sure that the base will be there at the end."""
-        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
-            return
-        self._target(pl_module)
-        if self.base is not None:
-            found = base_hash(self.base)
-            if self._resumed and self._base_hash not in (None, found):
-                raise InputError(
-                    f"the run was started with another base than {self.base}. Resume with the same weights."
-                )
-            self._base_hash = found
-        elif self._resumed:
-            self.read_base(trainer)
+        submodule(pl_module, self.module)
+        if not _is_trial(trainer):
+            self._base.check(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training begins: the weights are those before the first step, unless the run is resumed."""
-        fresh = not self._resumed and trainer.global_step == 0
-        if self.base is None and fresh and not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
-            self._snapshot = BaseSnapshot.take(trainer, self._target(pl_module))
+        if self._needs_objective:
+            check_calibration(trainer, pl_module)
+        if not _is_trial(trainer):
+            self._base.take(trainer, submodule(pl_module, self.module))
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when a validation begins: remember what was logged before it."""
+        self._metrics_before = dict(trainer.callback_metrics)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when a validation ends: a metric that the first one does not log would be missing in the end."""
+        before, self._metrics_before = self._metrics_before, {}
+        monitor = goal(trainer, self.monitor, self.mode)[0] if self._must_have_metric else None
+        if monitor is None or self._metric_seen or not _in_fit(trainer) or trainer.sanity_checking:
+            return
+        # What training logs has other values in it, but the very same objects: only validation's are new.
+        found = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if before.get(name) is not value
+        }
+        pick(found, monitor)
+        self._metric_seen = True
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training ends, not when it fails: compress, write, measure, report."""
-        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+        """Called when training ends, not when it fails: compress, write, measure, log."""
+        if _is_trial(trainer):
             return
-        target = self._target(pl_module)
-        base, tuned = self.read_base(trainer), self._read_tuned(trainer, target)
-        live = {name: tensor.clone() for name, tensor in read_weights(target).tensors.items()}
-        try:
+        target = submodule(pl_module, self.module)
+        monitor, mode = goal(trainer, self.monitor, self.mode)
+        with kept(target) as live:
+            base = self.read_base(trainer)
+            tuned = self._read_tuned(trainer, target, live, base)
+            objective = self._objective(trainer, pl_module, target)
             self.delta = compress(
-                base,
-                tuned,
-                self.method,
-                objective=self._objective(trainer, pl_module, target),
-                rules=self.rules,
-                training=_provenance(trainer),
+                base, tuned, self.method, objective=objective, rules=self.rules, training=_provenance(trainer)
             )
             path = self._write(trainer, self.delta)
             scores = self._measure(trainer, pl_module, target, base, tuned, self.delta)
-        finally:
-            _load(target, live)
-        self.outcome = self._conclude(path, self.delta.report(), scores)
-        self._publish(trainer, self.outcome)
+        if self.monitor is not None and any(self.monitor not in found for found in scores.values()):
+            rank_zero_warn(f"DeltaCompressionCallback: {missing_metric(scores['finetuned'], self.monitor)}")
+        self.outcome = conclude(path, self.delta.report(), scores, monitor, mode)
+        self.outcome.log(trainer)
 
-    def _target(self, pl_module: pl.LightningModule) -> nn.Module:
-        try:
-            return pl_module.get_submodule(self.module)
-        except AttributeError as error:
-            names = ", ".join(name for name, _ in pl_module.named_children())
-            raise InputError(f"the module has no submodule {self.module!r}. It has: {names}.") from error
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after everything else, when the progress bar no longer draws: show the table."""
+        if self.outcome is not None and trainer.is_global_zero:
+            self.outcome.show()
 
     def read_base(self, trainer: pl.Trainer) -> Weights:
         """Return the weights that the fine-tuning started from, also after a resume.
@@ -237,52 +204,40 @@ class DeltaCompressionCallback(pl.Callback):
             InputError: If they are not where they were put.
             BaseMismatchError: If they are not what was put there.
         """
-        if self.base is not None:
-            return read_weights(self.base)
-        if self._snapshot is None:
-            raise InputError(
-                "the run is resumed from a checkpoint that was written without DeltaCompressionCallback, so its base "
-                "is unknown. Give DeltaCompressionCallback(base=...) the weights that the fine-tuning started from."
-            )
-        folders = [checkpoint_folder(trainer)]
-        if trainer.ckpt_path:
-            folders.append(Path(trainer.ckpt_path).parent)
-        return self._snapshot.read(list(dict.fromkeys(folders)))
+        return self._base.read(trainer, trainer.lightning_module)
 
-    def _read_tuned(self, trainer: pl.Trainer, target: nn.Module) -> Weights:
-        best = cast("str", getattr(trainer.checkpoint_callback, "best_model_path", ""))
-        if self.source == "last":
-            return _copy(read_weights(target))
-        if not best:
-            raise InputError("source='best', but no checkpoint was saved. Let ModelCheckpoint save at least once.")
-        prefix = f"{self.module}." if self.module else ""
-        weights = read_weights(best)
-        part = {name[len(prefix) :]: t for name, t in weights.tensors.items() if name.startswith(prefix)}
-        return read_weights(part)
+    @property
+    def _needs_objective(self) -> bool:
+        return self.method.needs == "objective"
+
+    @property
+    def _must_have_metric(self) -> bool:
+        """Whether validation has to log the metric: what only the checkpoint callback asks for may be training's."""
+        return self.monitor is not None or (self._needs_objective and self.fit_on == "metric")
+
+    def _read_tuned(self, trainer: pl.Trainer, target: nn.Module, live: Weights, base: Weights) -> Weights:
+        tuned: Weights | None = live
+        if self.source == "best":
+            best = cast("str", getattr(trainer.checkpoint_callback, "best_model_path", ""))
+            if not best:
+                raise InputError("source='best', but no checkpoint was saved. Let ModelCheckpoint save at least once.")
+            tuned = part_of(read_weights(best), self.module)
+            if tuned is None:
+                raise InputError(f"{best} holds no weights of the submodule {self.module!r}. Use source='last'.")
+        return same_on_all_ranks(trainer, without_counters(tuned, base, target), target)
 
     def _objective(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, target: nn.Module
     ) -> ValidationObjective | None:
-        if self.method.needs != "objective":
+        if not self._needs_objective:
             return None
-        monitor = self._monitor(trainer)
-        if self.fit_on == "metric" and monitor is None:
-            raise InputError("fit_on='metric' needs a metric. Set DeltaCompressionCallback(monitor=...).")
-        return ValidationObjective(
-            trainer,
-            pl_module,
-            target,
-            self.calibration_batches,
-            monitor if self.fit_on == "metric" else None,
-            self.mode,
-        )
-
-    def _monitor(self, trainer: pl.Trainer) -> str | None:
-        return self.monitor or getattr(trainer.checkpoint_callback, "monitor", None)
+        monitor, mode = goal(trainer, self.monitor, self.mode)
+        used = monitor if self.fit_on == "metric" else None
+        return ValidationObjective(trainer, pl_module, target, self.calibration_batches, used, mode)
 
     def _write(self, trainer: pl.Trainer, delta: Delta) -> Path:
-        folder = trainer.log_dir or trainer.default_root_dir  # a collective: every rank asks
-        path = Path(self.path) if self.path is not None else Path(folder) / "delta.safetensors"
+        folder = run_folder(trainer)
+        path = Path(self.path) if self.path is not None else folder / "delta.safetensors"
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             delta.save(path)
@@ -298,53 +253,24 @@ class DeltaCompressionCallback(pl.Callback):
         tuned: Weights,
         delta: Delta,
     ) -> dict[str, dict[str, float]]:
-        loaders = trainer.val_dataloaders
-        if loaders is None:
+        if not has_validation(trainer):
             rank_zero_warn("DeltaCompressionCallback: the run has no validation data, so no score is measured.")
             return {}
-        # Compressed last: it starts from the base's tensors and the fine-tuned model's own where the base has none.
-        compressed = delta.state_dict(base)
+        # In this order, each finds what it lacks: the base and the delta to it may be without the fresh head.
+        models = {"finetuned": tuned.tensors, "base": base.tensors, "compressed": delta.state_dict(base)}
         scores: dict[str, dict[str, float]] = {}
-        for who, weights in (("finetuned", tuned.tensors), ("base", base.tensors), ("compressed", compressed)):
-            _load(target, weights)
-            scores[who] = validate(trainer, pl_module, loaders, batches=trainer.limit_val_batches)
+        for who, tensors in models.items():
+            load_weights(target, tensors)
+            scores[who] = validate(trainer, pl_module, batches=trainer.limit_val_batches)
         return {who: scores[who] for who in ("base", "finetuned", "compressed")}
 
-    def _conclude(self, path: Path, report: Report, scores: dict[str, dict[str, float]]) -> Outcome:
-        drop = None
-        if self.monitor and scores:
-            tuned, compressed = (pick(scores[who], self.monitor) for who in ("finetuned", "compressed"))
-            drop = tuned - compressed if self.mode == "max" else compressed - tuned
-        return Outcome(path, report, scores, drop)
 
-    def _publish(self, trainer: pl.Trainer, outcome: Outcome) -> None:
-        values: dict[str, float] = {"dtrain/bytes": outcome.report.file_bytes, "dtrain/ratio": outcome.report.ratio}
-        monitor = self._monitor(trainer)
-        for who, found in outcome.scores.items():
-            if monitor in found:
-                values[f"dtrain/metric_{who}"] = found[monitor]
-        if outcome.drop is not None:
-            values["dtrain/metric_drop"] = outcome.drop
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-        if trainer.is_global_zero:
-            console = Console()
-            console.print(outcome_table(outcome.scores, outcome.report, monitor))
-            console.print(f"wrote {outcome.path}; `dtrain inspect` shows its bytes by kind of tensor", highlight=False)
+def _is_trial(trainer: pl.Trainer) -> bool:
+    return bool(cast("Any", trainer).fast_dev_run)
 
 
-def _copy(weights: Weights) -> Weights:
-    return Weights({n: t.clone() for n, t in weights.tensors.items()}, dict(weights.aliases), weights.origin)
-
-
-@torch.no_grad()
-def _load(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy into the module's tensors those that fit; a fresh head of another shape stays as it is."""
-    own = read_weights(module)
-    for name, tensor in tensors.items():
-        target = own.get(name)
-        if target is not None and target.shape == tensor.shape:
-            target.copy_(tensor)
+def _in_fit(trainer: pl.Trainer) -> bool:
+    return trainer.state.fn == "fit"
 
 
 def _provenance(trainer: pl.Trainer) -> dict[str, Any]:

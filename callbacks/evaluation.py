@@ -1,203 +1,186 @@
-"""Run the user's own validation, unchanged, from within a training run, and let it serve as an objective."""
+"""Run the user's own validation, unchanged, from within a training run."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Any, Literal, cast
+import copy
+import importlib
+import tempfile
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
-from typing_extensions import override
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import nn
 
-from dtrain.errors import InputError
-from dtrain.fit import HiddenCapture
-
-Mode = Literal["max", "min"]
+from dtrain.callbacks.undisturbed import undisturbed
 
 
 def validate(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
-    loaders: Any,
     *,
-    batches: Any = 1.0,
+    instead: Any = None,
+    batches: int | float = 1.0,
     watch: pl.Callback | None = None,
 ) -> dict[str, float]:
     """Return what the module's own validation logs, with the weights it holds now.
 
     A private Trainer runs the loop: `trainer.validate()` would end the fit, and the callbacks, loggers and metrics of
-    the run must not notice. Under DDP every rank validates its share of the data, and the results are averaged.
+    the run must not notice. To the module it looks like the run's own: the same devices and precision, epoch, step and
+    optimizers, and as many loggers, which write nothing. Under DDP every rank validates its share of the data, and what
+    the module does not reduce itself is averaged.
 
     Args:
         trainer: The trainer of the run.
         pl_module: The module.
-        loaders: Validation data loaders.
+        instead: A data loader to be used in the place of each validation loader of the run.
         batches: Batches to run of each loader, or their share as a float, as `limit_val_batches`.
         watch: A callback of the private trainer.
     """
-    device = pl_module.device
-    with _undisturbed(trainer, pl_module):
-        inner = pl.Trainer(
-            accelerator="gpu" if device.type == "cuda" else device.type,
-            devices=1 if device.type != "cuda" else [device.index or 0],
-            precision=trainer.precision,
+    lightning = lightning_of(pl_module)
+    with undisturbed(pl_module, lightning.LightningModule), tempfile.TemporaryDirectory() as folder:
+        inner = lightning.Trainer(
+            accelerator=trainer.accelerator,
+            devices=[trainer.strategy.root_device.index or 0] if trainer.strategy.root_device.type == "cuda" else 1,
+            strategy=_inside(lightning, trainer),
+            # The named environment keeps SLURM's out, which would requeue the job for this trainer as well.
+            plugins=[trainer.precision_plugin, _environment(lightning)],
+            inference_mode=trainer.validate_loop.inference_mode,
             limit_val_batches=batches,
             callbacks=[] if watch is None else [watch],
-            logger=False,
+            logger=[_mute(lightning, folder) for _ in trainer.loggers] or False,
+            default_root_dir=folder,  # what a module writes into the log folder would overwrite the run's
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            use_distributed_sampler=False,
+            enable_autolog_hparams=False,
+            use_distributed_sampler=False,  # the run's loaders have theirs
         )
-        inner.validate(pl_module, dataloaders=loaders, verbose=False)
-        found = {name: float(value) for name, value in inner.callback_metrics.items()}
-    return {name: _mean_over_ranks(trainer, value, device) for name, value in found.items()}
+        try:
+            data = _data(lightning, trainer, _loaders(trainer, instead))
+            inner.validate(pl_module, datamodule=data, verbose=False)
+        except SystemExit as error:
+            # A Trainer turns Ctrl-C into an exit, but it is the run that has to be shut down in order.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
+        return mean_over_ranks(trainer, {name: float(value) for name, value in inner.callback_metrics.items()})
 
 
-class ValidationObjective:
-    """An objective made of the module's own validation step, run on training batches.
+def has_validation(trainer: pl.Trainer) -> bool:
+    """Return whether the run has validation data."""
+    loaders: object = trainer.val_dataloaders
+    return loaders is not None and loaders != []
 
-    Args:
-        trainer: The trainer of the run.
-        pl_module: The module.
-        target: The part of it that the delta belongs to.
-        batches: How many training batches to look at.
-        monitor: The metric to improve (q_v); None to keep the last hidden state instead (q_e).
-        mode: "max" where more of the metric is better.
+
+def mean_over_ranks(trainer: pl.Trainer, values: dict[str, float]) -> dict[str, float]:
+    """Return the mean of each value over the ranks that have it, by the names that rank 0 knows."""
+    if trainer.world_size == 1:
+        return values
+    names = trainer.strategy.broadcast(sorted(values))
+    table = [[values.get(name, 0.0), float(name in values)] for name in names]
+    local = torch.tensor(table, dtype=torch.float64, device=trainer.strategy.root_device).reshape(-1, 2)
+    total = cast("list[list[float]]", trainer.strategy.reduce(local, reduce_op="sum").tolist())
+    return {name: value / count for name, (value, count) in zip(names, total, strict=True)}
+
+
+def lightning_of(pl_module: nn.Module) -> Any:
+    """Return the package a module's Trainer must come from: `lightning.pytorch` and `pytorch_lightning` are two."""
+    for parent in type(pl_module).__mro__:
+        root = parent.__module__.removesuffix(".core.module")
+        if parent.__name__ == "LightningModule" and root != parent.__module__:
+            return importlib.import_module(root)
+    return pl
+
+
+class _Inside:
+    """What a strategy does differently for a module that another trainer owns.
+
+    The module stays where it is: the usual strategy moves it to its device and, when done, to the CPU, and whoever
+    holds its tensors would be left with the old memory.
     """
 
-    def __init__(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        target: nn.Module,
-        batches: int,
-        monitor: str | None = None,
-        mode: Mode = "max",
-    ) -> None:
-        self.module, self.label = target, "hidden change" if monitor is None else f"{monitor} on training batches"
-        self._trainer, self._pl_module, self._batches = trainer, pl_module, batches
-        self._monitor, self._sign = monitor, -1.0 if mode == "max" else 1.0
-        # Validation may have several loaders, and its step may ask which one a batch is from: each is given the same.
-        loaders = cast("list[Any] | Any", trainer.val_dataloaders)
-        count = len(cast("list[Any]", loaders)) if isinstance(loaders, list) else 1
-        self._loaders = [calibration_loader(trainer, pl_module)] * count
-        self._target: list[Tensor] = []
+    outer: Any
 
-    def remember(self) -> None:
-        """Cache the hidden states of the fine-tuned model."""
-        if self._monitor is None:
-            self._target = self._hidden()
+    def setup_environment(self) -> None:
+        """Do nothing: the devices are set up."""
 
-    def loss(self) -> float:
-        """Return the mean absolute change of the hidden state, or the metric, negated where more is better."""
-        if self._monitor is not None:
-            found = self._run(None)
-            return self._sign * pick(found, self._monitor)
-        hidden = self._hidden()
-        total = sum(float((h - t).abs().double().sum()) for h, t in zip(hidden, self._target, strict=True))
-        change = total / max(1, sum(t.numel() for t in self._target))
-        return _mean_over_ranks(self._trainer, change, self._pl_module.device)
+    def setup(self, trainer: Any) -> None:
+        """Let epoch, step and limits be those of the run. Not earlier: attaching data resets the loops."""
+        trainer.fit_loop = self.outer.fit_loop
 
-    def _hidden(self) -> list[Tensor]:
-        watch = _Watch(self.module)
-        self._run(watch)
-        if not watch.seen:
-            raise InputError(
-                "no linear layer of the model ran in validation_step, so there is no hidden state to compare. "
-                "Use DeltaCompressionCallback(fit_on='metric')."
-            )
-        return watch.seen
+    def teardown(self) -> None:
+        """Do nothing: the run goes on."""
 
-    def _run(self, watch: pl.Callback | None) -> dict[str, float]:
-        return validate(self._trainer, self._pl_module, self._loaders, batches=self._batches, watch=watch)
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the run's first rank."""
+        return self.outer.strategy.is_global_zero
+
+    def reduce(self, *arguments: Any, **options: Any) -> Any:
+        """Reduce over the ranks of the run."""
+        return self.outer.strategy.reduce(*arguments, **options)
+
+    def all_gather(self, *arguments: Any, **options: Any) -> Any:
+        """Gather from the ranks of the run."""
+        return self.outer.strategy.all_gather(*arguments, **options)
+
+    def barrier(self, *arguments: Any, **options: Any) -> None:
+        """Wait for the ranks of the run."""
+        self.outer.strategy.barrier(*arguments, **options)
+
+    def broadcast(self, *arguments: Any, **options: Any) -> Any:
+        """Broadcast to the ranks of the run."""
+        return self.outer.strategy.broadcast(*arguments, **options)
 
 
-class _Watch(pl.Callback):
-    """Keeps the last hidden state of every batch."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._capture = HiddenCapture(module)
-        self.seen: list[Tensor] = []
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._capture.__enter__()
-
-    @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._capture.__exit__()
-
-    @override
-    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        if self._capture.last is not None:
-            self.seen.append(self._capture.last.float())
-        self._capture.last = None
+def _inside(lightning: Any, trainer: pl.Trainer) -> Any:
+    made: Any = type("Inside", (_Inside, lightning.strategies.SingleDeviceStrategy), {})
+    strategy = made(device=trainer.strategy.root_device)
+    strategy.outer = trainer
+    for name in ("global_rank", "local_rank", "node_rank", "world_size"):
+        setattr(strategy, name, getattr(trainer, name))
+    strategy.optimizers = trainer.optimizers
+    strategy.lr_scheduler_configs = trainer.strategy.lr_scheduler_configs
+    return strategy
 
 
-def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    """Return training inputs in a fixed order.
+def _environment(lightning: Any) -> Any:
+    """Return the environment class of the same family: Trainers tell their plugins by type."""
+    if lightning is pl:
+        return LightningEnvironment()
+    return importlib.import_module("lightning_fabric.plugins.environments").LightningEnvironment()
 
-    `calibration_dataloader()` of the data module or the module is asked first: it can leave augmentation out and hold
-    data back. Else the training data set is read in its own order, through its own transforms.
 
-    Raises:
-        InputError: If there is neither.
+def _mute(lightning: Any, folder: str) -> Any:
+    """Return a logger that takes every call and does nothing, so that `self.logger.experiment` works as in the run."""
+    places: dict[str, Any] = dict.fromkeys(("save_dir", "log_dir", "root_dir"), property(lambda _: folder))
+    return type("Mute", (lightning.loggers.logger.DummyLogger,), places)()
+
+
+def _loaders(trainer: pl.Trainer, instead: Any) -> CombinedLoader:
+    """Return the run's validation loaders, to be iterated anew, or `instead` in the place of each."""
+    # `trainer.val_dataloaders` does not say how several loaders are combined.
+    found = cast("Any", trainer).fit_loop.epoch_loop.val_loop._combined_loader
+    if found is None or not found.flattened:
+        return CombinedLoader(instead, "sequential")
+    loaders = type(found)(found.iterables, found._mode)
+    if instead is not None:  # in the place of each: the step may ask which one a batch is from
+        loaders.flattened = [instead] * len(loaders.flattened)
+    return loaders
+
+
+def _data(lightning: Any, trainer: pl.Trainer, loaders: CombinedLoader) -> Any:
+    """Return a data module that gives `loaders`, with the batch hooks of the run's own data module, if it has one.
+
+    A shallow copy: it gets the private trainer, so `self.trainer.training` is false in its hooks, and the run's own
+    data module never notices.
     """
-    for owner in (getattr(trainer, "datamodule", None), pl_module):
-        if callable(make := getattr(owner, "calibration_dataloader", None)):
-            return make()
-    loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader):
-        raise InputError(
-            f"the training data is a {type(loader).__name__}, not one DataLoader, so the fit cannot choose its inputs. "
-            "Define calibration_dataloader() on the LightningModule or the LightningDataModule."
-        )
-    typed = cast("DataLoader[Any]", loader)
-    if isinstance(typed.dataset, IterableDataset):
-        return typed
-    return DataLoader(typed.dataset, batch_size=typed.batch_size or 32, shuffle=False, collate_fn=typed.collate_fn)
-
-
-def pick(found: dict[str, float], monitor: str) -> float:
-    """Return the metric called `monitor`.
-
-    Raises:
-        InputError: If validation does not log it; the names it logs are listed.
-    """
-    if monitor not in found:
-        listed = ", ".join(sorted(found)) or "nothing"
-        raise InputError(f"validation logs {listed}, but `monitor` is {monitor!r}. Use one of these names.")
-    return found[monitor]
-
-
-@contextmanager
-def _undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Generator[None]:
-    """Put back what a second Trainer changes on a module, and keep that Trainer quiet."""
-    device, modes = pl_module.device, {module: module.training for module in pl_module.modules()}
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    # Callbacks that the module brings along belong to the run, not to this look at it.
-    pl_module.configure_callbacks = lambda: []  # type: ignore[method-assign]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run has shown all there is to say about its loaders
-            yield
-    finally:
-        del pl_module.configure_callbacks
-        logger.setLevel(level)
-        pl_module.trainer = trainer
-        pl_module.to(device)
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _mean_over_ranks(trainer: pl.Trainer, value: float, device: torch.device) -> float:
-    reduced = trainer.strategy.reduce(torch.tensor(value, dtype=torch.float64, device=device), reduce_op="mean")
-    return float(reduced)
+    plain = lightning.LightningDataModule
+    own = getattr(trainer, "datamodule", None)
+    data: Any = plain() if own is None else copy.copy(own)
+    for hook in ("prepare_data", "setup", "teardown", "on_exception"):
+        setattr(data, hook, getattr(plain, hook).__get__(data))  # the data is there already
+    data.val_dataloader = lambda: loaders
+    return data

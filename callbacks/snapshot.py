@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +13,7 @@ from torch import nn
 from dtrain.artifact.atomic import write_atomic
 from dtrain.difference import digests, fingerprint
 from dtrain.errors import BaseMismatchError, InputError
-from dtrain.weights import Source, Weights, read_weights
+from dtrain.weights import Weights, read_weights
 
 
 class BaseSnapshot:
@@ -30,17 +31,22 @@ class BaseSnapshot:
     def take(cls, trainer: pl.Trainer, module: nn.Module) -> BaseSnapshot:
         """Write the module's weights beside the checkpoints (a collective: call it on every rank)."""
         weights = read_weights(module)
-        sha256 = _hash(weights)
+        sha256 = trainer.strategy.broadcast(fingerprint_hex(weights) if trainer.is_global_zero else "")
         snapshot = cls(f"dtrain-base-{sha256[:12]}.safetensors", sha256)
-        folder = Path(trainer.strategy.broadcast(str(checkpoint_folder(trainer))))
-        if trainer.is_global_zero and not (folder / snapshot.name).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.tensors.items()}
-            write_atomic(folder / snapshot.name, [save(tensors)])
-        trainer.strategy.barrier("dtrain_base")
+        snapshot.keep(trainer, weights)
         return snapshot
 
-    def read(self, folders: list[Path]) -> Weights:
+    def keep(self, trainer: pl.Trainer, weights: Weights) -> None:
+        """Write `weights` beside the checkpoints, if they are not there already (a collective)."""
+        path = snapshot_folders(trainer)[0] / self.name
+        # A file that is there but was damaged is replaced now: at the end of the run it would be too late.
+        if trainer.is_global_zero and not self._is_intact(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.tensors.items()}
+            write_atomic(path, [save(tensors)])
+        trainer.strategy.barrier("dtrain_base")
+
+    def read(self, folders: Sequence[Path]) -> Weights:
         """Return the base from the first of `folders` that has it.
 
         Raises:
@@ -54,21 +60,40 @@ class BaseSnapshot:
                 "or give DeltaCompressionCallback(base=...) the weights that the fine-tuning started from."
             )
         weights = read_weights(found[0])
-        if _hash(weights) != self.sha256:
-            raise BaseMismatchError(f"{found[0]} is not the base that this run started from: its hash differs.")
+        if fingerprint_hex(weights) != self.sha256:
+            raise BaseMismatchError(
+                f"{found[0]} is not the base that this run started from: its hash differs. Put the right file back, or "
+                "give DeltaCompressionCallback(base=...) the weights that the fine-tuning started from."
+            )
         return weights
 
-
-def base_hash(source: Source) -> str:
-    """Return the fingerprint of all tensors of `source`, in hex."""
-    return _hash(read_weights(source))
-
-
-def checkpoint_folder(trainer: pl.Trainer) -> Path:
-    """Return the folder where the run keeps its checkpoints."""
-    folder = cast("str | None", getattr(trainer.checkpoint_callback, "dirpath", None))
-    return Path(folder or trainer.default_root_dir)
+    def _is_intact(self, path: Path) -> bool:
+        try:
+            return path.exists() and fingerprint_hex(read_weights(path)) == self.sha256
+        except InputError:
+            return False
 
 
-def _hash(weights: Weights) -> str:
+def fingerprint_hex(weights: Weights) -> str:
+    """Return the fingerprint of all tensors, in hex."""
     return fingerprint(digests(weights.tensors).items()).hex()
+
+
+def snapshot_folders(trainer: pl.Trainer) -> list[Path]:
+    """Return where a snapshot goes, and then where else it may be: beside any checkpoint of this run or the last one.
+
+    Raises:
+        InputError: If the checkpoints are not kept in a local folder.
+    """
+    callbacks = cast("list[object]", trainer.checkpoint_callbacks)
+    places = [folder for callback in callbacks if (folder := getattr(callback, "dirpath", None))]
+    places.append(trainer.default_root_dir)
+    places = [trainer.strategy.broadcast(str(place)) for place in places]
+    if trainer.ckpt_path:
+        places.append(str(Path(trainer.ckpt_path).parent))
+    if "://" in places[0]:
+        raise InputError(
+            f"the checkpoints go to {places[0]}, where no snapshot of the base can be kept. Give "
+            "DeltaCompressionCallback(base=...) the weights that the fine-tuning starts from."
+        )
+    return [Path(place) for place in dict.fromkeys(places)]

@@ -4,4 +4,5 @@ import sys
 
 from dtrain.cli import main
 
+sys.argv[0] = "dtrain"  # the name in help texts
 sys.exit(main())

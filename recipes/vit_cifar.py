@@ -46,8 +46,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data.dataset": "digits",
         "data.classes": [1, 3, 5, 7, 9],  # the base has seen the even ones only
         "model.pretrained": "digits",
-        "model.lr": 3e-4,
-        "trainer.max_steps": 600,
+        "model.lr": 1e-3,
+        "trainer.max_steps": 800,
     },
 }
 KEEPS = (0.3, 0.1, 0.03, 0.01, 0.003)  # points of the picture
@@ -128,7 +128,8 @@ class RecipeCLI(LightningCLI):
                 "checkpoint.save_last": True,
                 "checkpoint.dirpath": "runs/vit_cifar/checkpoints",
                 "trainer.default_root_dir": "runs/vit_cifar",
-                "trainer.log_every_n_steps": 10,
+                "trainer.log_every_n_steps": 5,
+                "trainer.max_epochs": 1000,  # the steps decide
                 **PRESETS[self.preset],
             }
         )

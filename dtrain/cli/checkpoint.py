@@ -1,4 +1,4 @@
-"""Write a merged model as one safetensors file, tensor by tensor: memory holds one of them at a time."""
+"""Write a merged model as one safetensors file, piece by piece: memory never holds more than one tensor's change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from dtrain.artifact import Content, Record, Role
 from dtrain.artifact.atomic import write_atomic
 from dtrain.errors import InputError
 from dtrain.progress import progress
-from dtrain.runtime import check_base, find_tensors, merged
+from dtrain.runtime import check_base, find_tensors, patch
 from dtrain.stages.bits import as_buffer
 from dtrain.weights import Weights, tensor_bytes
 
@@ -27,6 +29,8 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }  # fmt: skip
+
+_PIECE = 1 << 20  # bytes: small enough to be reused by the allocator and to stay in the cache
 
 
 def write_merged(path: Path, content: Content, base: Weights, origin: object) -> tuple[int, int]:
@@ -62,16 +66,34 @@ def write_merged(path: Path, content: Content, base: Weights, origin: object) ->
         def chunks() -> Iterator[bytes | memoryview]:
             yield header
             for record in records:
-                yield as_buffer(tensor_bytes(_tuned(record, tensors.get(record.name), origin)))
+                yield from _pieces(record, tensors.get(record.name), origin)
                 advance(record.name)
 
         return len(records), write_atomic(path, chunks())
 
 
-def _tuned(record: Record, base: Tensor | None, origin: object) -> Tensor:
-    if record.role in (Role.SAME, Role.DROP) and base is not None:
-        return base.to(record.dtype)  # straight from the mapped file where the dtype is the same
-    return merged(record, base, origin)
+def _pieces(record: Record, base: Tensor | None, origin: object) -> Iterator[memoryview]:
+    """Yield the bytes of one fine-tuned tensor."""
+    change = patch(record, base, origin)
+    if base is not None and change is None:
+        yield as_buffer(
+            tensor_bytes(base.to(record.dtype))
+        )  # straight from the mapped file where the dtype is the same
+    elif base is not None and change is not None and change.positions is not None:
+        yield from _patched(base.to(record.dtype), change.positions, change.values)
+    elif change is not None:
+        yield as_buffer(tensor_bytes(change.values))
+
+
+def _patched(base: Tensor, positions: Tensor, values: Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of `base` with `values` at `positions`, without a copy of the whole."""
+    raw, width, step = as_buffer(tensor_bytes(base)), base.dtype.itemsize, _PIECE // base.dtype.itemsize
+    starts = range(0, base.numel(), step)
+    edges = cast("list[int]", torch.searchsorted(positions, torch.tensor([*starts, base.numel()])).tolist())
+    for start, (first, last) in zip(starts, pairwise(edges), strict=True):
+        piece = bytearray(raw[start * width : (start + step) * width])
+        torch.frombuffer(piece, dtype=base.dtype)[positions[first:last] - start] = values[first:last]
+        yield memoryview(piece)
 
 
 def _header(records: Sequence[Record]) -> bytes:

@@ -27,10 +27,7 @@ def compress(base: str, finetuned: str, out: str, method: Method, **patterns: Se
         with _busy("compressing"):
             delta = make_delta(base, finetuned, method, rules=rules)
     except NeedsDataError as error:
-        name = type(method).__name__
-        raise UsageError(
-            f"{error} Here, an argument is written --method.NAME VALUE: see dtrain compress --method.help {name}"
-        ) from error
+        raise UsageError(f"{error} On the command line, name='value' is --method.name value.") from error
     delta.save(out)
     report = delta.report()
     data = {"out": out, "fingerprint": _fingerprint(delta), **report.as_dict()}
@@ -101,6 +98,8 @@ def _check_out(out: str, **inputs: str) -> None:
             raise UsageError(f"OUT and {name} are the same file, {out}. Give another OUT.")
         if source.resolve() in path.resolve().parents:
             raise UsageError(f"OUT {out} is a file of {name} {given}. Give another OUT.")
+    if path.is_dir():
+        raise InputError(f"{out} cannot be written: it is a folder. Give the path of a file in it.")
     if not path.parent.is_dir():
         raise InputError(f"{out} cannot be written: there is no folder {path.parent}. Make it, or give another OUT.")
 

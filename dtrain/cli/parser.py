@@ -6,6 +6,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 from jsonargparse import ArgumentParser
@@ -172,17 +173,21 @@ def _sentence(message: str, argv: Sequence[str], command: str) -> str:
     known = [method.__name__ for method in METHODS]
     name = _named_method(argv)
     if name.isidentifier() and name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        guess = f" Did you mean {close[0]}?" if close else ""
+        close = difflib.get_close_matches(name.lower(), [method.lower() for method in known], 1)
+        guess = "".join(f" Did you mean {method}?" for method in known if method.lower() in close)
         return f"there is no method {name!r}; the methods are {_listed(known)}.{guess}"
-    help_ = f"See: dtrain {command} --help"
     if found := re.search(r"Option '(.+?)' is not accepted", message):
         return f"{name} has no argument {found[1]!r}. See: dtrain {command} --method.help {name}"
-    if found := re.search(r"Parser key \"(\w+)\":(?!.*Parser key).*(?:Got|Given) value: (.*)$", message, re.DOTALL):
+    # The innermost key is the argument; what lies around it repeats the method.
+    if found := re.search(r'.*Parser key "(\w+)":.*(?:Got|Given) value: (.*)$', message, re.DOTALL):
         return f"--method.{found[1]} cannot be {found[2]!r}. See: dtrain {command} --method.help {name}"
+    if found := re.search(r"argument (\S+): expected one argument", message):
+        bare = [word for word, after in pairwise([*argv, "--"]) if word.startswith(found[1]) and after.startswith("--")]
+        return f"{(*bare, found[1])[0]} wants a value. See: dtrain {command} --help"
     if found := re.search(r"arguments are required: (.*)$", message):
-        return f"{found[1].replace(f'{command}.', '').upper()} is missing. {help_}"
-    return f"{' '.join(message.split())}. {help_}"
+        return f"{found[1].replace(f'{command}.', '').upper()} is missing. See: dtrain {command} --help"
+    flat = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(message.split())).rstrip(".")
+    return f"{flat}. See: dtrain {command} --help"
 
 
 def _named_method(argv: Sequence[str]) -> str:

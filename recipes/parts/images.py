@@ -25,7 +25,7 @@ class Images(L.LightningDataModule):
         image_size: Side to which images are resized; 0 leaves them as they are.
         train_limit: Use this many training images at most; 0 for all.
         calibration: Training images that are held out, for fitting scales; never used for training.
-        augment: Random crops and flips while training. Not for digits, which flips would change.
+        augment: Random crops and flips while training. Digits are not flipped: it would change what they are.
         seed: Order of the training images, together with the epoch.
     """
 
@@ -37,14 +37,14 @@ class Images(L.LightningDataModule):
         batch_size: int = 64,
         image_size: int = 0,
         train_limit: int = 0,
-        calibration: int = 256,
+        calibration: int = 128,
         augment: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.dataset, self.revision, self.classes = dataset, revision, list(classes)
         self.batch_size, self.image_size, self.train_limit, self.seed = batch_size, image_size, train_limit, seed
-        self.calibration, self.augment = calibration, augment and dataset != "digits"
+        self.calibration, self.augment, self.flip = calibration, augment, dataset != "digits"
         self._splits: dict[str, Labelled] = {}
 
     @property
@@ -86,7 +86,7 @@ class Images(L.LightningDataModule):
         if self.image_size and images.shape[-1] != self.image_size:
             images = interpolate(images, size=self.image_size, mode="bicubic", antialias=True).clamp_(0, 1)
         if augment:
-            images = crop_and_flip(images)
+            images = crop_and_flip(images, self.flip)
         mean, std = (torch.tensor(value, device=images.device).view(1, 3, 1, 1) for value in (MEAN, STD))
         return (images - mean) / std, batch[1]
 
@@ -111,14 +111,14 @@ class Shuffled(Sampler[int]):
         return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
-def crop_and_flip(images: Tensor) -> Tensor:
-    """Shift every image by up to an eighth of its side and mirror half of them."""
+def crop_and_flip(images: Tensor, flip: bool) -> Tensor:
+    """Shift every image by up to an eighth of its side and, if asked, mirror half of them."""
     count, _, _, side = images.shape
     margin = side // 8
     padded = pad(images, (margin,) * 4, mode="reflect")
     top, left = torch.randint(0, 2 * margin + 1, (2, count, 1), device=images.device)
     step = torch.arange(side, device=images.device)
-    columns = torch.where(torch.rand(count, 1, device=images.device) < 0.5, step, step.flip(0)) + left
+    columns = torch.where(torch.rand(count, 1, device=images.device) < 0.5 * flip, step.flip(0), step) + left
     rows, which = step + top, torch.arange(count, device=images.device)
     return padded[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 

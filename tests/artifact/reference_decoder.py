@@ -9,8 +9,8 @@ import json
 import math
 import struct
 import zlib
+from collections import namedtuple
 from itertools import accumulate, count, pairwise, repeat, takewhile
-from typing import NamedTuple
 
 import zstandard
 
@@ -24,28 +24,10 @@ DTYPES = list(WIDTHS)
 MASK = 0xFFFFFFFF
 
 
-class Payload(NamedTuple):
-    select: tuple
-    quantise: tuple
-    code: tuple
-    scale: float
-    data: bytes
-
-
-class Record(NamedTuple):
-    name: str
-    role: int
-    dtype: str
-    shape: tuple
-    digest: bytes
-    payloads: list
-
-
-class File(NamedTuple):
-    provenance: dict
-    fingerprint: bytes
-    records: dict
-    manifest: bytes
+# A stage is its tag and its parameters: (1, 0.25, 7) is bernoulli with keep 0.25 and seed 7.
+Payload = namedtuple("Payload", "select quantise code scale data")
+Record = namedtuple("Record", "name role dtype shape digest payloads")
+File = namedtuple("File", "provenance fingerprint records")
 
 
 class Reader:
@@ -99,7 +81,7 @@ def parse(data: bytes) -> File:
     provenance = json.loads(table["__metadata__"]["dtrain"])
     assert table["__metadata__"]["dtrain"] == canonical(provenance)
     assert provenance["format"] == 1
-    return File(provenance, *parse_manifest(parts["manifest"], Reader(parts["payload"])), parts["manifest"])
+    return File(provenance, *parse_manifest(parts["manifest"], Reader(parts["payload"])))
 
 
 def parse_manifest(manifest, payload):
@@ -161,9 +143,6 @@ def check_kind(role, dtype, shape, pipelines):
         assert role == XOR or (select == (0,) and code == (0,))
 
 
-# ---- select -------------------------------------------------------------------------------------------------------
-
-
 def philox(counter, key):
     """Philox4x32-10 (Salmon et al., SC 2011): four counter words and two key words give four words."""
     a, b, c, d = counter
@@ -219,9 +198,6 @@ def stratified(keep, word, numel):
     return sorted(set(range(numel)) - draws if keep > 0.5 else {draw for draw in draws if draw < numel})
 
 
-# ---- quantise and code --------------------------------------------------------------------------------------------
-
-
 def values(payload: Payload, size: int) -> list:
     """The values of `size` positions; whole numbers for `bits`."""
     (tag, *parameters), data = payload.quantise, payload.data
@@ -244,9 +220,6 @@ def values(payload: Payload, size: int) -> list:
     assert whole >> bits * size == 0
     codes = [whole >> bits * i & (1 << bits) - 1 for i in range(size)]
     return [2 * code - 1 for code in codes] if tag == 2 else [code - (2 ** (bits - 1) - 1) for code in codes]
-
-
-# ---- what the file says about a base ------------------------------------------------------------------------------
 
 
 def single(value):

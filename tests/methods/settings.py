@@ -7,6 +7,7 @@ from torch import nn
 
 import dtrain
 from dtrain import Dare, DareX, Lossless, Method, Rules
+from dtrain.artifact import pack_file
 
 HALF = 2**-11
 RULES = Rules(whole=("head.*",), drop=("dropped",))
@@ -91,6 +92,19 @@ def compress_zoo(method: Method) -> tuple[dict[str, torch.Tensor], dict[str, tor
     """Return the zoo's base, its fine-tune, and the delta between them."""
     base, tuned = zoo()
     return base, tuned, dtrain.compress(base, tuned, method, rules=RULES)
+
+
+def tiny(method: Method | None = None) -> tuple[dict[str, torch.Tensor], dtrain.Delta]:
+    """Return the smallest base with a matrix, a vector and a fresh head, and a delta on it."""
+    base = {"a.weight": torch.randn(4, 3), "a.bias": torch.randn(4)}
+    tuned = {name: value + torch.randn(value.shape) for name, value in base.items()}
+    tuned["head.weight"] = torch.randn(2, 2)
+    return base, dtrain.compress(base, tuned, method or Dare(keep=0.5))
+
+
+def bytes_of(delta: dtrain.Delta) -> bytearray:
+    """Return the bytes of the delta's file."""
+    return bytearray(b"".join(pack_file(delta.content)))
 
 
 def module_of(state: dict[str, torch.Tensor]) -> nn.Module:

@@ -15,7 +15,6 @@ from dtrain.stages.quantise import VALUES, value_format
 from dtrain.stages.select import All, Bernoulli
 from tests.artifact import reference_decoder as reference
 
-
 FLOATS = st.floats(-(2.0**99), 2.0**99, width=32).filter(lambda x: not x or abs(x) > 1e-30)
 
 

@@ -62,8 +62,8 @@ def test_a_bernoulli_mask_of_a_longer_tensor_starts_alike(keep, numel, more):
 
 @pytest.mark.parametrize("keep", [0.03, 0.3, 0.9])
 def test_bernoulli_is_independent(keep):
-    """1500 masks of 64 elements: every position, every pair of neighbours and the count, within five deviations."""
-    rounds, numel = 1500, 64
+    """800 masks of 64 elements: every position, every pair of neighbours and the count, within five deviations."""
+    rounds, numel = 800, 64
     chosen = torch.zeros(rounds, numel, dtype=torch.float64)
     for i in range(rounds):
         chosen[i, mask(Bernoulli, keep, seed=i, numel=numel)] = 1

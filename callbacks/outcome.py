@@ -1,0 +1,76 @@
+"""What a run leaves behind: the file, its size, and what it costs in quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+from rich.console import Console
+
+from dtrain.callbacks.table import outcome_table
+from dtrain.report import Report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `DeltaCompressionCallback` leaves behind.
+
+    Args:
+        path: The delta file.
+        report: Its size.
+        scores: What validation logs for the "base", "finetuned" and "compressed" model, by name.
+        monitor: The metric that counts; None without one, or where validation does not log it.
+        drop: How much worse the compressed model is than the fine-tuned one, in that metric.
+    """
+
+    path: Path
+    report: Report
+    scores: Mapping[str, Mapping[str, float]]
+    monitor: str | None
+    drop: float | None
+
+    def values(self) -> dict[str, float]:
+        """Return what goes to the loggers."""
+        values: dict[str, float] = {"dtrain/bytes": self.report.file_bytes, "dtrain/ratio": self.report.ratio}
+        if self.monitor is not None and self.drop is not None:
+            values |= {f"dtrain/metric_{who}": found[self.monitor] for who, found in self.scores.items()}
+            values["dtrain/metric_drop"] = self.drop
+        return values
+
+    def log(self, trainer: pl.Trainer) -> None:
+        """Write the values to every logger: `LightningModule.log` is forbidden when training ends."""
+        for logger in trainer.loggers:
+            logger.log_metrics(self.values(), step=trainer.global_step)
+            logger.save()
+
+    def show(self) -> None:
+        """Print the table."""
+        console = Console()
+        console.print(outcome_table(self.scores, self.report, self.monitor))
+        console.print(
+            f"wrote {self.path}; `dtrain inspect` shows its bytes by kind of tensor", highlight=False, soft_wrap=True
+        )
+
+
+def conclude(
+    path: Path, report: Report, scores: Mapping[str, Mapping[str, float]], monitor: str | None, mode: str
+) -> Outcome:
+    """Return the outcome; `monitor` counts if every model was scored by it."""
+    if not scores or any(monitor not in found for found in scores.values()):
+        return Outcome(path, report, scores, None, None)
+    tuned, compressed = (scores[who][monitor or ""] for who in ("finetuned", "compressed"))
+    return Outcome(path, report, scores, monitor, tuned - compressed if mode == "max" else compressed - tuned)
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Return a folder that belongs to this run alone, where its logger has one (a collective)."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    if trainer.loggers and not hasattr(trainer.loggers[0], "log_dir"):
+        logger = trainer.loggers[
+            0
+        ]  # its log_dir is that of all runs, so name and version are added, as for checkpoints
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = folder / str(logger.name) / version
+    return Path(trainer.strategy.broadcast(str(folder)))

@@ -1,0 +1,177 @@
+"""The ViT recipe as a user runs it: offline, from local folders, resumed, evaluated, with W&B offline."""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as Pil
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+
+from dtrain.errors import InputError
+
+# Lightning and its loggers warn about many things that are no fault of the recipe.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).parents[2]
+MODEL = {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and a tiny data set in the layouts of the Hub."""
+    root = tmp_path_factory.mktemp("local")
+    generator = np.random.default_rng(0)
+    splits = {}
+    for name, count in (("train", 240), ("test", 60)):
+        labels = [i % 10 for i in range(count)]
+        pictures = [generator.integers(0, 60, (8, 8, 3), dtype=np.uint8) + np.uint8(19 * label) for label in labels]
+        rows = {"img": [Pil.fromarray(picture) for picture in pictures], "label": labels}
+        splits[name] = Dataset.from_dict(rows, features=Features({"img": Image(), "label": Value("int64")}))
+    for name, split in DatasetDict(splits).items():
+        (root / "data").mkdir(exist_ok=True)
+        split.to_parquet(root / "data" / f"{name}.parquet")
+    (root / "model").mkdir()
+    (root / "model" / "config.json").write_text(json.dumps({"model_args": MODEL}))
+    torch.manual_seed(0)
+    save_file(VisionTransformer(**MODEL).state_dict(), root / "model" / "model.safetensors")
+    return root
+
+
+@pytest.fixture
+def recipe(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run the recipe's command line in this process, in a folder of its own, and return what it prints."""
+
+    def run(*arguments: str, cwd: str = ".") -> str:
+        local = ["--data.dataset", str(folders / "data"), "--model.pretrained", str(folders / "model")]
+        short = ["--trainer.max_steps=12", "--data.batch_size=32", "--data.calibration=32", "--trainer.accelerator=cpu"]
+        (tmp_path / cwd).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / cwd)
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(sys, "argv", ["vit_cifar.py", "--preset=offline", *local, *short, *arguments])
+        monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / "recipes" / "vit_cifar.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def score(output: str) -> float:
+    return float(re.search(r"val_acc\s*│\s*([\d.]+)", output)[1])
+
+
+def test_the_file_gives_the_same_accuracy_in_a_new_process(recipe, folders, tmp_path):
+    printed = recipe()
+    assert printed.startswith("preset: offline (as asked)")
+    compressed = float(re.search(r"val_acc[^\n]*│\s*([\d.]+)\s*│[^│\n]*│\s*$", printed, re.MULTILINE)[1])
+    delta = tmp_path / "runs/vit_cifar/delta.safetensors"
+    assert (tmp_path / "runs/vit_cifar/accuracy_against_bytes.png").stat().st_size > 10_000
+    assert f"{delta.stat().st_size:,}" in printed
+    merge = [
+        sys.executable,
+        "-m",
+        "dtrain",
+        "apply",
+        str(folders / "model"),
+        str(delta),
+        str(tmp_path / "merged.safetensors"),
+    ]
+    subprocess.run(merge, check=True, capture_output=True, cwd=ROOT)
+    assert score(recipe("--evaluate", "merged.safetensors")) == pytest.approx(compressed, abs=5e-5)
+
+
+def test_resumed_run_equals_the_unbroken_one_bit_for_bit(recipe, tmp_path):
+    common = ("--trainer.max_epochs=3", "--trainer.max_steps=-1", "--checkpoint.save_top_k=-1")
+    recipe(*common, cwd="unbroken")
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
+    runs = [tmp_path / name / "runs/vit_cifar" for name in ("unbroken", "broken")]
+    for later in ("delta.safetensors", "checkpoints/last.ckpt"):
+        (runs[1] / later).unlink()
+    first = next((runs[1] / "checkpoints").glob("epoch=0*.ckpt"))
+    recipe(*common, "--ckpt_path", str(first), cwd="broken")
+    assert (runs[0] / "delta.safetensors").read_bytes() == (runs[1] / "delta.safetensors").read_bytes()
+    whole, resumed = (torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in runs)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
+
+
+def test_wandb_offline_keeps_the_summary(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    recipe("--trainer.logger=WandbLogger", "--trainer.logger.offline=true")
+    import wandb
+
+    wandb.finish()
+    logged = read_wandb(next(tmp_path.rglob("run-*.wandb")))
+    assert logged["dtrain/bytes"] == (tmp_path / "runs/vit_cifar/delta.safetensors").stat().st_size
+    assert {
+        "dtrain/ratio",
+        "dtrain/metric_base",
+        "dtrain/metric_finetuned",
+        "dtrain/metric_compressed",
+    } <= logged.keys()
+
+
+def read_wandb(path: Path) -> dict[str, object]:
+    """Return the last logged value by name from an offline run's file."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, values = DataStore(), {}
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for item in (*record.history.item, *record.summary.update):
+            values[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--data.dataset", "no/such/folder"), "cannot be loaded"),
+        (("--model.pretrained", "no_such_model_anywhere"), "no_such_model_anywhere"),
+        (("--data.classes", "[0, 77]"), r"names \[77\]"),
+    ],
+)
+def test_bad_input_gets_a_sentence(recipe, tmp_path, arguments, sentence):
+    with pytest.raises(InputError, match=sentence):
+        recipe(*arguments)
+    assert not list(tmp_path.rglob("delta.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [(("--method", "NoSuchMethod"), "NoSuchMethod"), (("--method.keep", "2"), r"must be in \[2\*\*-24, 1\]")],
+)
+def test_bad_argument_is_refused_by_the_parser(recipe, capsys, arguments, sentence):
+    with pytest.raises(SystemExit):
+        recipe(*arguments)
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_printed_config_is_complete(recipe, capsys):
+    with pytest.raises(SystemExit):
+        recipe("--config", str(ROOT / "recipes" / "vit_cifar.yaml"), "--print_config")
+    printed = capsys.readouterr().out
+    for key in ("method:", "adamr:", "compress:", "pretrained:", "strength: 0.001"):
+        assert key in printed
+
+
+def test_base_is_loaded_with_a_fresh_head(folders, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from parts.vision_models import load_vit
+
+    model = load_vit(str(folders / "model"), 5)
+    saved = load_file(folders / "model" / "model.safetensors")
+    assert model.head.weight.shape == (5, 24)
+    assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], saved["blocks.0.attn.qkv.weight"])

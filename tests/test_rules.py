@@ -1,0 +1,76 @@
+"""What becomes of a tensor, by its name, shape and dtype alone."""
+
+import pytest
+import torch
+
+from dtrain import InputError, Rules
+from dtrain.rules import HEADS, matches
+
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "role"),
+    [
+        ("encoder.weight", (4, 4), F32, "method"),
+        ("encoder.weight", (4, 4), BF16, "method"),
+        ("encoder.weight", (4, 4), F16, "method"),
+        ("encoder.weight", (4, 4), F64, "method"),
+        ("conv.weight", (8, 3, 3, 3), F32, "method"),
+        ("conv.weight", (8, 1, 3, 3), F32, "method"),
+        ("depthwise.weight", (8, 1, 1, 1), F32, "half"),
+        ("cls_token", (1, 1, 768), F32, "half"),
+        ("norm.weight", (768,), F32, "half"),
+        ("scale", (), F32, "half"),
+        ("empty", (0, 5), F32, "half"),
+        ("bn.num_batches_tracked", (), torch.int64, "bits"),
+        ("mask", (4, 4), torch.bool, "bits"),
+        ("phase", (4, 4), torch.complex64, "bits"),
+        ("fp8", (4, 4), torch.float8_e4m3fn, "bits"),
+        ("lm_head.weight", (9, 4), F32, "method"),
+        *((name, (2, 4), F32, "whole") for name in ("head.weight", "model.heads.0.bias", "classifier.weight")),
+        *((name, (2, 4), F32, "whole") for name in ("fc.weight", "vit.head.bias", "qa_outputs.weight", "score.weight")),
+        *((name, (4, 4), F32, "method") for name in ("mlp.fc.weight", "heads_up.weight", "overhead.weight", "Head.w")),
+    ],
+)
+def test_defaults(name, shape, dtype, role):
+    assert Rules().role(name, shape, dtype) == role
+
+
+def test_the_first_rule_that_applies_decides():
+    rules = Rules(include=["enc.*"], exclude=["*.1.*"], whole=["top.*", "enc.9.*"], drop=["*.9.*", "pos"])
+    found = {name: rules.role(name, (4, 4), F32) for name in ("enc.0.w", "enc.1.w", "enc.9.w", "top.w", "pos", "other")}
+    assert found == {
+        "enc.0.w": "method", "enc.1.w": "half", "enc.9.w": "drop", "top.w": "whole", "pos": "drop", "other": "half",
+    }  # fmt: skip
+    assert rules.role("enc.0.steps", (4, 4), torch.int64) == "bits"
+    assert rules.role("top.steps", (), torch.int64) == "whole"
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "expected"),
+    [
+        ("a.weight", "a.weight", True),
+        ("a.weight", "a", False),
+        ("x.a.weight", "a.*", False),
+        ("A.weight", "a.*", False),
+        ("layer.11.w", "layer.1.*", False),
+        ("layer.7.w", "layer.[0-7].*", True),
+        ("layer.8.w", "layer.?.w", True),
+        ("a\nb", "a*b", True),
+    ],
+)
+def test_patterns_match_the_whole_name(name, pattern, expected):
+    assert matches(name, [pattern]) is expected
+
+
+@pytest.mark.parametrize("field", ["include", "exclude", "whole", "drop"])
+def test_a_single_string_is_refused(field):
+    with pytest.raises(InputError, match=rf"`{field}` must be a list of patterns, got the string 'a\.\*'. Use \['a"):
+        Rules(**{field: "a.*"})
+
+
+def test_rules_are_values():
+    assert Rules(drop=["a"]) == Rules(drop=("a",))
+    assert hash(Rules(drop=["a"])) == hash(Rules(drop=("a",)))
+    assert Rules().whole == HEADS
