@@ -50,7 +50,7 @@ def fine_tune(model: nn.Module, data: Images, strength: float, steps: int, lr: f
     while step < steps:
         loader.sampler.set_epoch(step)
         for batch in loader:
-            images, labels = data.normalise(batch, augment=True)
+            images, labels = data.augmented(data.normalise(batch))
             loss = cross_entropy(model(images), labels, label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()

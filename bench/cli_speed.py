@@ -150,14 +150,14 @@ def report(figures: dict[str, dict[str, float]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for header in ("", "work s", "ratio to read", "process s", "own MB", "resident MB"):
         table.add_column(header, justify="right" if header else "left")
     floor = figures["read"]["work"]
     for name, row in figures.items():
         seconds = (f"{row['work']:.2f}", f"{row['work'] / floor:.2f}", f"{row['process']:.2f}")
         table.add_row(name, *seconds, f"{row['own']:.0f}", f"{row['resident']:.0f}")
-    Console(width=110).print(table)
+    Console(width=110).print(title, table, sep="\n", highlight=False)
 
 
 def main() -> None:

@@ -48,7 +48,6 @@ def validate(
             plugins=[trainer.precision_plugin, _environment(lightning)],
             inference_mode=trainer.validate_loop.inference_mode,
             limit_val_batches=batches,
-            callbacks=[] if watch is None else [watch],
             logger=[_mute(lightning, folder) for _ in trainer.loggers] or False,
             default_root_dir=folder,  # what a module writes into the log folder would overwrite the run's
             enable_checkpointing=False,
@@ -57,6 +56,8 @@ def validate(
             enable_autolog_hparams=False,
             use_distributed_sampler=False,  # the run's loaders have theirs
         )
+        # Set afterwards: a Trainer adds the callbacks of installed packages, which belong to the run.
+        inner.callbacks = [] if watch is None else [watch]
         try:
             data = _data(lightning, trainer, _loaders(trainer, instead))
             inner.validate(pl_module, datamodule=data, verbose=False)

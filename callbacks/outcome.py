@@ -67,10 +67,8 @@ def conclude(
 def run_folder(trainer: pl.Trainer) -> Path:
     """Return a folder that belongs to this run alone, where its logger has one (a collective)."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)
-    if trainer.loggers and not hasattr(trainer.loggers[0], "log_dir"):
-        logger = trainer.loggers[
-            0
-        ]  # its log_dir is that of all runs, so name and version are added, as for checkpoints
+    if trainer.loggers and getattr(trainer.loggers[0], "log_dir", None) is None:
+        logger = trainer.loggers[0]  # all its runs save to one folder; checkpoints go below it by name and version
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         folder = folder / str(logger.name) / version
     return Path(trainer.strategy.broadcast(str(folder)))

@@ -77,7 +77,12 @@ def compress(
 def _encode(change: Change, method: Method) -> tuple[Payload, ...]:
     match change.role:
         case "method":
-            return method.encode(change.name, _finite(change.name, change.delta()))
+            try:
+                return method.encode(change.name, _finite(change.name, change.delta()))
+            except InputError as error:
+                raise (
+                    error if repr(change.name) in str(error) else InputError(f"tensor {change.name!r}: {error}")
+                ) from error
         case "half":
             return (encode(HALF, change.name, _finite(change.name, change.delta())),)
         case "bits":
@@ -143,8 +148,9 @@ def _fit(
         else r
         for r in records
     ]
-    q = sorted(set(fit.q.values()))
-    summary = {"objective": objective.label, "q": [q[0], q[-1]], "loss": fit.loss, "loss_at_dare": fit.start}
+    start = fit.start if math.isfinite(fit.start) else None  # at 1/keep the model may overflow
+    q = sorted(fit.q.values()) or [1.0]
+    summary = {"objective": objective.label, "q": [q[0], q[-1]], "loss": fit.loss, "loss_at_dare": start}
     return scaled, {**summary, "evaluations": fit.evaluations}
 
 

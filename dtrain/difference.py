@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class Change:
         """Return fine-tuned minus base as float32."""
         if self.base is None:
             raise InputError(f"tensor {self.name!r} is new in the fine-tuned model and has no delta.")
-        return self.tuned.float() - self.base.to(self.tuned.device).float()
+        wide = torch.promote_types(torch.promote_types(self.tuned.dtype, self.base.dtype), torch.float32)
+        return (self.tuned.to(wide) - self.base.to(self.tuned.device, wide)).float()
 
 
 def pair(base: Weights, tuned: Weights, rules: Rules) -> list[Change]:
@@ -56,7 +58,11 @@ def pair(base: Weights, tuned: Weights, rules: Rules) -> list[Change]:
         InputError: If no tensor of one can be paired with one of the other, or if nothing differs.
     """
     tuned = _without_prefix(base, tuned)
-    changes = [_change(name, base.get(name), tensor, rules) for name, tensor in tuned.tensors.items()]
+    changes = [
+        _change(known, base.get(known), tensor, rules)
+        for name, tensor in tuned.tensors.items()
+        for known in _known_names(base, tuned, name)
+    ]
     used = {base.aliases.get(name, name) for name in [*tuned.tensors, *tuned.aliases]}
     changes += [Change(name, "base_only", tensor, tensor) for name, tensor in base.tensors.items() if name not in used]
     if all(change.role in ("same", "base_only") for change in changes):
@@ -99,6 +105,16 @@ def _change(name: str, base: Tensor | None, tuned: Tensor, rules: Rules) -> Chan
     return Change(name, role, None if role == "whole" else base, tuned)
 
 
+def _known_names(base: Weights, tuned: Weights, name: str) -> list[str]:
+    """Return the names a fine-tuned tensor has in the base: one per tensor there, or its own where there is none.
+
+    A file of a tied model holds one of its names, not always the first; a base may hold two tensors that are one here.
+    """
+    group = [name, *sorted(alias for alias, other in tuned.aliases.items() if other == name)]
+    found = {base.aliases.get(known, known): known for known in reversed(group) if base.get(known) is not None}
+    return sorted(found.values()) or [name]
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Compare bit patterns: NaN equals itself here, and -0.0 differs from 0.0."""
     return torch.equal(tensor_bytes(a), tensor_bytes(b))
@@ -107,11 +123,16 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def _without_prefix(base: Weights, tuned: Weights) -> Weights:
     if any(base.get(name) is not None for name in tuned.tensors):
         return tuned
-    first = next(iter(base.tensors))
-    prefixes = [name.removesuffix(first) for name in [*tuned.tensors, *tuned.aliases] if name.endswith("." + first)]
-    if len(prefixes) != 1:
+    matches = Counter(
+        name[: dot + 1]
+        for name in [*tuned.tensors, *tuned.aliases]
+        for dot, char in enumerate(name)
+        if char == "." and base.get(name[dot + 1 :]) is not None
+    ).most_common(2)
+    if not matches or (matches[0][1] == matches[-1][1] and len(matches) > 1):
         return tuned
-    cut = len(prefixes[0])
-    tensors = {name[cut:]: tensor for name, tensor in tuned.tensors.items() if name.startswith(prefixes[0])}
-    aliases = {a[cut:]: n[cut:] for a, n in tuned.aliases.items() if a.startswith(prefixes[0]) and n[cut:] in tensors}
+    prefix = matches[0][0]
+    cut = len(prefix)
+    tensors = {name[cut:]: tensor for name, tensor in tuned.tensors.items() if name.startswith(prefix)}
+    aliases = {a[cut:]: n[cut:] for a, n in tuned.aliases.items() if a.startswith(prefix) and n[cut:] in tensors}
     return Weights(tensors, aliases, tuned.origin)

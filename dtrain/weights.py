@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,9 +88,14 @@ def _collect(state: Mapping[str, object], origin: str) -> Weights:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
-    for name, value in sorted((name.replace("_orig_mod.", ""), value) for name, value in state.items()):
-        if not isinstance(value, Tensor):
-            continue  # `_extra_state` and the like are no weights
+    named = [(str(name).replace("_orig_mod.", ""), value) for name, value in state.items() if isinstance(value, Tensor)]
+    if any(not isinstance(name, str) for name, value in state.items() if isinstance(value, Tensor)):
+        raise InputError(f"{origin} holds tensors under names that are no text. Give a state dict.")
+    for name, value in sorted(named, key=lambda item: item[0]):  # `_extra_state` and the like are no weights
+        if name in tensors or name in aliases:
+            raise InputError(f"{origin} holds {name!r} twice, once behind `_orig_mod.`. Remove one of them.")
+        if value.layout != torch.strided:
+            raise InputError(f"{origin}: tensor {name!r} is {value.layout}. Give dense tensors.")
         tensor = value.detach()
         if tensor.is_meta:
             raise InputError(
@@ -111,7 +117,10 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     if index.exists():
         try:
             names = cast("dict[str, str]", json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError) as error:
+            strange = [shard for shard in names.values() if Path(shard).name != shard]
+            if strange:
+                raise ValueError(f"{strange[0]!r} is no file name")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} is no index of sharded weights ({error}). Download the folder again.") from error
         shards: Iterable[Path] = [folder / shard for shard in sorted(set(names.values()))]
     else:
@@ -123,6 +132,8 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         if not shard.exists():
             raise InputError(f"{folder} lacks the shard {shard.name} that its index names. Download the folder again.")
         merged.update(_read_safetensors(shard))
+    if index.exists() and (missing := sorted(set(names) - set(merged))):
+        raise InputError(f"{folder} lacks {missing[0]!r}, which its index names. Download the folder again.")
     if not merged:
         raise InputError(f"{folder} holds no .safetensors file. Save the model with save_pretrained() or give a file.")
     return merged
@@ -138,7 +149,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_checkpoint(path: Path) -> Mapping[str, object]:
     try:
-        content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # what torch before 1.6 wrote cannot be memory-mapped
+        content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the unpickler raises whatever the bytes make it raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} cannot be read as a checkpoint with weights_only=True ({reason}).") from error

@@ -76,13 +76,14 @@ class ViT(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
-    def on_train_epoch_start(self) -> None:
-        # Augmentation and dropout follow from seed and epoch alone, so a resumed run equals an unbroken one.
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        # Augmentation and dropout follow from seed, epoch and batch alone, so a resumed run equals an unbroken one.
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        L.seed_everything(seed + 1000 * (1 + self.current_epoch), verbose=False)
+        torch.manual_seed(seed + 1_000_003 * (1 + self.current_epoch) + batch_idx)
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        loss = self.loss(self(batch[0]), batch[1])
+        images, labels = self.trainer.datamodule.augmented(batch)
+        loss = self.loss(self(images), labels)
         self.log("train_loss", loss)
         return loss
 
@@ -159,13 +160,14 @@ def picture(model: nn.Module, data: Images, method: dtrain.Method, base: dtrain.
     tuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lines = {"fine-tuned": accuracy(model, val)}
     points: dict[str, list[tuple[int, float]]] = {}
+    rated = {type(each).__name__: each for each in (dtrain.Dare(), method) if hasattr(each, "keep")}
     for keep in KEEPS:
-        for each in dict.fromkeys((method, dtrain.Dare())):
+        for name, each in rated.items():
             each = replace(each, keep=keep)
             objective = dtrain.HiddenChange(model, [(images,) for images, _ in calibration])
             compressed = dtrain.compress(base, tuned, each, objective=objective)
             model.load_state_dict(compressed.state_dict(base))
-            points.setdefault(type(each).__name__, []).append((compressed.file_bytes(), accuracy(model, val)))
+            points.setdefault(name, []).append((compressed.file_bytes(), accuracy(model, val)))
             model.load_state_dict(tuned)
     model.load_state_dict(base.tensors)
     lines |= {"linear probe": probe_accuracy(model, train, val), "base": accuracy(model, val)}

@@ -378,11 +378,15 @@ def test_a_wrong_command_line_is_code_2(run, case):
     assert files() == before
 
 
-def test_a_file_of_the_base_is_no_place_for_the_delta(run):
+@pytest.mark.parametrize(
+    "argv", [["compress", "folder", "tuned.safetensors"], ["apply", "folder", "delta.safetensors"]]
+)
+def test_a_file_in_the_folder_of_the_base_is_never_replaced(run, delta, argv):
     Path("folder").mkdir()
     Path("base.safetensors").rename("folder/model.safetensors")
-    result = run("compress", "folder", "tuned.safetensors", "folder/model.safetensors")
-    check_refusal(result, 2, "is a file of BASE folder")
+    before = files()
+    check_refusal(run(*argv, "folder/model.safetensors"), 2, "is a file of BASE folder")
+    assert files() == before
 
 
 def damage_nan(base, tuned):

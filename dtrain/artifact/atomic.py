@@ -45,7 +45,8 @@ def write_atomic(path: str | Path, chunks: Iterable[bytes | memoryview]) -> int:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # not every file system can; the new file is in place already
+            _sync_folder(path.parent)
     except OSError as error:
         raise InputError(
             f"{path} cannot be written ({error.strerror or error}). Nothing was changed; give a path you may write to."

@@ -115,6 +115,8 @@ def _read_header(raw: bytearray, path: object) -> tuple[dict[str, Any], int, int
         header = _parse(bytes(raw[8 : 8 + size]).decode())
         metadata = _parse(header["__metadata__"]["dtrain"])
         manifest, payload = (header[name]["shape"][0] for name in ("manifest", "payload"))
+        if not all(type(part) is int and part >= 0 for part in (manifest, payload)):
+            raise ValueError("sizes are whole numbers")
         metadata["format"]
         expected = _header({k: v for k, v in metadata.items() if k != "format"}, manifest, payload)
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:

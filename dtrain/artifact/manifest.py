@@ -12,9 +12,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from dtrain.artifact.names import NameCode, restore, shorten
+from dtrain.artifact.names import MAX_ALL_NAMES, NameCode, restore, shorten
 from dtrain.artifact.records import DIGEST_BYTES, Record, Role
-from dtrain.stages import STAGES, Bits, Packed, Payload, Pipeline
+from dtrain.stages import STAGES, All, Bits, Packed, Payload, Pipeline
 from dtrain.stages.bits import as_buffer
 
 #: The number of a dtype in a file. Append only.
@@ -62,14 +62,17 @@ def unpack_manifest(manifest: bytes, payload: Tensor) -> tuple[tuple[Record, ...
     pipelines = cursor.sequence(lambda: _read_pipeline(cursor))
     kinds = cursor.sequence(lambda: _read_kind(cursor, pipelines))
     names: list[bytes] = []
-    offset = 0
+    offset = name_bytes = 0
 
     def read_record() -> Record:
-        nonlocal offset
+        nonlocal offset, name_bytes
         name = restore(NameCode(cursor.varint(), cursor.varint(), cursor.varint(), cursor.take(cursor.varint())), names)
         if names and name <= names[-1]:
             raise ValueError("the tensor names are not in ascending order")
         names.append(name)
+        name_bytes += len(name)
+        if name_bytes > MAX_ALL_NAMES:
+            raise ValueError(f"the tensor names take more than {MAX_ALL_NAMES} bytes")
         role, dtype, shape, used = cursor.choose(kinds)
         digest = b"" if role is Role.WHOLE else cursor.take(DIGEST_BYTES)
         items: list[Payload] = []
@@ -130,7 +133,7 @@ def _read_kind(cursor: _Cursor, pipelines: list[Pipeline]) -> Kind:
     least, most = _PAYLOADS.get(role, (0, 0))
     if not least <= len(used) <= most:
         raise ValueError(f"a tensor of role {role.name} has {len(used)} payloads")
-    if role is Role.ADD and not dtype.is_floating_point:
+    if role is Role.ADD and not (dtype.is_floating_point and dtype.itemsize > 1):
         raise ValueError(f"a change cannot be added to values of {dtype}")
     bitwise = [isinstance(pipeline.quantise, Bits) for pipeline in used]
     if bitwise and not all(bit == (role is not Role.ADD) for bit in bitwise):
@@ -138,6 +141,8 @@ def _read_kind(cursor: _Cursor, pipelines: list[Pipeline]) -> Kind:
     for pipeline in used:
         if isinstance(pipeline.quantise, Bits) and pipeline.quantise.width != dtype.itemsize:
             raise ValueError(f"values of {pipeline.quantise.width} bytes cannot be {dtype}")
+        if role is not Role.ADD and not isinstance(pipeline.select, All):
+            raise ValueError(f"a tensor of role {role.name} must have a value everywhere")
         if role is Role.WHOLE and not isinstance(pipeline.code, Packed):
             raise ValueError(
                 "a whole tensor must be stored byte for byte"

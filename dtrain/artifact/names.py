@@ -9,6 +9,10 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dtrain.errors import InputError
+
+#: Every record may borrow the name of the one before: the bounds keep a small file from growing in memory.
+MAX_NAME, MAX_ALL_NAMES = 1 << 14, 1 << 26
 _DIGITS = re.compile(rb"\d+")
 
 
@@ -30,6 +34,8 @@ class NameCode(NamedTuple):
 
 def shorten(names: Sequence[bytes]) -> list[NameCode]:
     """Return one code per name; the reference is the name before, or the last one that differs in numbers only."""
+    if names and len(max(names, key=len)) > MAX_NAME:
+        raise InputError(f"a tensor name is longer than {MAX_NAME} bytes. Give the module a shorter name.")
     codes: list[NameCode] = []
     latest: dict[bytes, int] = {}
     for index, name in enumerate(names):
@@ -50,12 +56,16 @@ def restore(code: NameCode, earlier: Sequence[bytes]) -> bytes:
     if code.back == 0:
         if code.prefix or code.suffix:
             raise ValueError("a name without a reference borrows bytes")
+        if len(code.middle) > MAX_NAME:
+            raise ValueError(f"a name is longer than {MAX_NAME} bytes")
         return code.middle
     if code.back > len(earlier):
         raise ValueError("a name refers to one before the first")
     reference = earlier[-code.back]
     if code.prefix + code.suffix > len(reference):
         raise ValueError("a name borrows more bytes than its reference has")
+    if code.prefix + len(code.middle) + code.suffix > MAX_NAME:
+        raise ValueError(f"a name is longer than {MAX_NAME} bytes")
     return reference[: code.prefix] + code.middle + reference[len(reference) - code.suffix :]
 
 

@@ -76,9 +76,8 @@ def _pieces(record: Record, base: Tensor | None, origin: object) -> Iterator[mem
     """Yield the bytes of one fine-tuned tensor."""
     change = patch(record, base, origin)
     if base is not None and change is None:
-        yield as_buffer(
-            tensor_bytes(base.to(record.dtype))
-        )  # straight from the mapped file where the dtype is the same
+        # Straight from the mapped file where the dtype is the same.
+        yield as_buffer(tensor_bytes(base.to(record.dtype)))
     elif base is not None and change is not None and change.positions is not None:
         yield from _patched(base.to(record.dtype), change.positions, change.values)
     elif change is not None:

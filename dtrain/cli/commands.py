@@ -38,7 +38,8 @@ def apply(base: str, delta: str, out: str) -> Outcome:
     """Write the fine-tuned checkpoint that a base and a delta make."""
     if Path(out).suffix != ".safetensors":
         raise UsageError(f"OUT must end with .safetensors, got {out}. Use {Path(out).with_suffix('.safetensors')}")
-    _check_out(out, DELTA=delta)
+    # A base of one file may be replaced by what is made from it; one shard of a folder may not.
+    _check_out(out, DELTA=delta, **({"BASE": base} if Path(base).is_dir() else {}))
     loaded = load(delta)
     tensors, size = write_merged(Path(out), loaded.content, read_weights(base), delta)
     data = {"out": out, "fingerprint": _fingerprint(loaded), "tensors": tensors, "bytes": size}

@@ -96,13 +96,14 @@ class HiddenChange:
         return total / sum(t.numel() for t in self._target)
 
     def _hidden(self, batch: Any) -> Tensor:
-        training = self.module.training
+        modes = {part: part.training for part in self.module.modules()}
         self.module.eval()
         try:
             with torch.no_grad(), HiddenCapture(self.module) as capture:
                 output = self._forward(self.module, batch)
         finally:
-            self.module.train(training)
+            for part, training in modes.items():
+                part.training = training
         hidden = capture.last if capture.last is not None else output
         if not isinstance(hidden, Tensor):
             raise InputError(f"the model returns {type(hidden).__name__} and runs no linear layer. Pass forward=.")
@@ -118,15 +119,15 @@ class HiddenCapture:
         self.last: Tensor | None = None
 
     def __enter__(self) -> HiddenCapture:
-        self._hooks = [layer.register_forward_pre_hook(self._keep) for layer in self._layers]
+        self._hooks = [layer.register_forward_pre_hook(self._keep, with_kwargs=True) for layer in self._layers]
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _keep(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
-        self.last = arguments[0].detach()
+    def _keep(self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.last = (arguments[0] if arguments else named["input"]).detach()
 
 
 def call(module: nn.Module, batch: Any) -> object:

@@ -50,6 +50,11 @@ def search_q(method: DareX, changes: Sequence[Change], rest: Mapping[str, Tensor
     Raises:
         InputError: If the objective is NaN or infinite wherever it was evaluated.
     """
+    # The models given may be the very module that is written to: what is read later must not move with it.
+    changes = [
+        replace(c, base=None if c.base is None else c.base.clone(), tuned=c.tuned.clone()) if c.role == "method" else c
+        for c in changes
+    ]
     tuned = {change.name: change.tuned for change in changes if change.role != "base_only"}
     with Trial(objective.module, tuned) as trial, progress(f"searching q ({objective.label})") as advance:
         trial.write(tuned)
@@ -77,7 +82,9 @@ class _Evaluator:
     ) -> None:
         self._trial, self._objective, self._advance = trial, objective, advance
         self._base = {change.name: _base(change) for change in changes}
-        self._masks = [self._candidates(replace(method, seed=method.seed + i), changes) for i in range(method.masks)]
+        self._masks = [
+            self._candidates(replace(method, seed=(method.seed + i) % 2**64), changes) for i in range(method.masks)
+        ]
         self.count = 0
 
     def __call__(self, x: Mapping[str, float]) -> float:

@@ -69,6 +69,11 @@ class Trial:
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Put whole tensors in place."""
         for name, value in values.items():
+            if self._tensors[name].shape != value.shape:
+                raise InputError(
+                    f"tensor {name!r} is {tuple(self._tensors[name].shape)} in the objective's module and "
+                    f"{tuple(value.shape)} in the delta. Give the objective the fine-tuned model."
+                )
             self._tensors[name].copy_(value)
 
     @torch.no_grad()

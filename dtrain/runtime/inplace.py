@@ -58,14 +58,13 @@ def apply_in_place(content: Content, module: nn.Module, origin: object) -> None:
             # The old values are noted before the write, so that an interrupt between the two loses nothing.
             done.append((name, _read(tensors[name], change.positions)))
             _write(tensors[name], change)
+        undo = [Undo(name, before, _touched(tensors[name], before.positions)) for name, before in done]
+        _APPLIED[module] = (content, undo)
     except BaseException:
+        _APPLIED.pop(module, None)
         for name, before in done:
             _write(tensors[name], before)
         raise
-    _APPLIED[module] = (
-        content,
-        [Undo(name, before, _touched(tensors[name], before.positions)) for name, before in done],
-    )
 
 
 @torch.no_grad()

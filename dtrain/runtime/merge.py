@@ -58,13 +58,13 @@ def add(base: Tensor, decoded: Sequence[Decoded], scales: Sequence[float], dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if len(decoded) == 1 and decoded[0].positions is not None:  # touches only what is kept
         positions, values = decoded[0]
-        return Patch(positions, (flat[positions].to(wide) + values * scales[0]).to(dtype))
+        return Patch(positions, (flat[positions].to(wide) + values.to(wide) * scales[0]).to(dtype))
     total = flat.to(wide, copy=True)
     for (positions, values), scale in zip(decoded, scales, strict=True):
         if positions is None:
-            total += values * scale
+            total += values.to(wide) * scale
         else:
-            total[positions] += values * scale
+            total[positions] += values.to(wide) * scale
     return Patch(None, total.to(dtype))
 
 

@@ -27,6 +27,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(data: Tensor, bits: int, count: int) -> Tensor:
     """Return the int64 codes of shape (count,) that `pack_bits` packed into `data`."""
+    if (bits * count) % 8 and data.numel() and int(data[-1]) >> (bits * count) % 8:
+        raise ValueError("the last byte is not filled with zeros")
     rows = -(-count // 8)
     grid = torch.zeros(rows * bits, dtype=torch.uint8, device=data.device)
     grid[: data.numel()] = data

@@ -47,10 +47,15 @@ class Zstd:
     def decode(self, data: Tensor, size: int) -> Tensor:
         """Return `size` bytes; the declared size is checked before anything is allocated."""
         frame = as_buffer(data.cpu())
-        declared = zstandard.get_frame_parameters(frame).content_size if len(frame) else -1
-        if declared != size:
-            raise ValueError(f"a frame of {declared} bytes where {size} were expected")
-        raw = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(frame, max_output_size=size)
+        try:
+            declared = zstandard.get_frame_parameters(frame).content_size
+            if declared != size:
+                raise ValueError(f"a frame of {declared} bytes where {size} were expected")
+            raw = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"no Zstandard frame of {size} bytes ({error})") from error
+        if len(raw) != size:
+            raise ValueError(f"{len(raw)} bytes where {size} were stated")
         return torch.frombuffer(bytearray(raw), dtype=torch.uint8) if size else data.new_empty(0)
 
 

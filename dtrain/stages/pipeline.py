@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dtrain.errors import InputError
 from dtrain.stages.code import Code, Packed, Zstd
 from dtrain.stages.quantise import BFloat16, Bits, Float16, Quantise, Sign, Uniform
 from dtrain.stages.select import All, Bernoulli, Select, Stratified
@@ -48,7 +49,10 @@ class Payload:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", struct.unpack("<f", struct.pack("<f", self.scale))[0])
+        try:
+            object.__setattr__(self, "scale", struct.unpack("<f", struct.pack("<f", self.scale))[0])
+        except OverflowError as error:
+            raise InputError(f"a scale of {self.scale:g} does not fit float32. Use a larger keep or q.") from error
 
 
 class Decoded(NamedTuple):

@@ -45,7 +45,7 @@ class Float16:
 
 @dataclass(frozen=True)
 class BFloat16(Float16):
-    """bfloat16 after a power-of-two scale: relative error 2**-9, over the exponent range of float32."""
+    """bfloat16 after a power-of-two scale: relative error 2**-8, over the exponent range of float32."""
 
     tag: ClassVar[int] = 1
     dtype: ClassVar[torch.dtype] = torch.bfloat16

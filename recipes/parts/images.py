@@ -15,7 +15,7 @@ Labelled = tuple[Tensor, Tensor]  # uint8 images (n, 3, height, width) and int64
 
 
 class Images(L.LightningDataModule):
-    """Labelled images, decoded once and kept in memory; crops and flips are drawn per batch, from seed and epoch.
+    """Labelled images, decoded once and kept in memory; crops and flips are drawn per batch.
 
     Args:
         dataset: `digits`, a Hub data set such as `uoft-cs/cifar10`, or a folder of Parquet files in the Hub's schema.
@@ -77,18 +77,19 @@ class Images(L.LightningDataModule):
         return DataLoader(TensorDataset(*self.split("calibration")), self.batch_size)
 
     def on_after_batch_transfer(self, batch: Labelled, dataloader_idx: int) -> Labelled:
-        training = self.trainer is not None and self.trainer.training
-        return self.normalise(batch, augment=self.augment and training)
+        return self.normalise(batch)
 
-    def normalise(self, batch: Labelled, *, augment: bool = False) -> Labelled:
-        """Return what the model takes: resized, perhaps cropped and flipped, with mean 0 and variance 1."""
+    def normalise(self, batch: Labelled) -> Labelled:
+        """Return what the model takes: float, resized, with mean 0 and variance 1."""
         images = batch[0].float() / 255
         if self.image_size and images.shape[-1] != self.image_size:
             images = interpolate(images, size=self.image_size, mode="bicubic", antialias=True).clamp_(0, 1)
-        if augment:
-            images = crop_and_flip(images, self.flip)
         mean, std = (torch.tensor(value, device=images.device).view(1, 3, 1, 1) for value in (MEAN, STD))
         return (images - mean) / std, batch[1]
+
+    def augmented(self, batch: Labelled) -> Labelled:
+        """Return a training batch with its images shifted and mirrored at random, if that was asked for."""
+        return (crop_and_flip(batch[0], self.flip), batch[1]) if self.augment else batch
 
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10; any fixed pair would do

@@ -69,7 +69,7 @@ def pretrain_on_digits(steps: int = 800) -> Path:
                 if step % len(loader) == 0:
                     loader.sampler.set_epoch(step // len(loader))
                     batches = iter(loader)
-                images, labels = data.normalise(next(batches), augment=True)
+                images, labels = data.augmented(data.normalise(next(batches)))
                 loss = cross_entropy(model(images), labels, label_smoothing=0.1)
                 optimizer.zero_grad()
                 loss.backward()

@@ -130,7 +130,7 @@ def fit(module, folder, *callbacks, ckpt_path=None, train=None, val=None, **opti
     """Train for two epochs and return the trainer. `val=()` means no validation data."""
     trainer = make_trainer(folder, *callbacks, **options)
     val = val_loader() if val is None else val
-    trainer.fit(module, train or train_loader(), val if val != () else None, ckpt_path=ckpt_path)
+    trainer.fit(module, train_loader() if train is None else train, val if val != () else None, ckpt_path=ckpt_path)
     return trainer
 
 
