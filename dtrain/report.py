@@ -90,6 +90,7 @@ class Report:
             table.add_row(_KINDS[row.kind], f"{row.tensors:,}", f"{row.elements:,}", share, f"{row.payload_bytes:,}")
         table.add_row("manifest: names, digests, scales", "", "", "", f"{overhead:,}")
         nominal = "" if self.nominal_bits is None else f"; nominal {self.nominal_bits:.4g} bit per compressed weight"
+        table.caption_justify = "left"
         table.caption = (
             f"{self.ratio:,.1f}x smaller than the checkpoint of {self.checkpoint_bytes:,} bytes; "
             f"{self.bits_per_parameter:.4f} bit per parameter{nominal}"

@@ -29,6 +29,8 @@ def write_atomic(path: str | Path, chunks: Iterable[bytes | memoryview]) -> int:
         InputError: If the file cannot be written. What was at `path` is still there.
     """
     path = Path(path)
+    if not path.name:
+        raise InputError(f"{path} is a folder. Give the path of a file in it.")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SUFFIX}")
     written = 0
     try:

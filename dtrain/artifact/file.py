@@ -51,7 +51,9 @@ def read_file(path: str | Path) -> Content:
     try:
         raw = bytearray(Path(path).read_bytes())
     except OSError as error:
-        raise ArtifactError(path, "cannot be read", f"{error.strerror or error}") from error
+        raise ArtifactError(
+            path, "cannot be read", f"{error.strerror or error}. Give a file that dtrain wrote."
+        ) from error
     return unpack_file(raw, path)
 
 
@@ -95,7 +97,7 @@ def _header(metadata: dict[str, Any], manifest: int, payload: int) -> bytes:
         name: {"dtype": "U8", "shape": [stop - start], "data_offsets": [start, stop]}
         for name, start, stop in zip(("manifest", "payload", "sha256"), ends, ends[1:], strict=False)
     }
-    # One key: safetensors writers order several keys at random, and canonical JSON under one key is the same everywhere.
+    # One key: safetensors writers order several keys at random; canonical JSON under one key is the same everywhere.
     provenance = _canonical({"format": FORMAT_VERSION, **metadata})
     header = _canonical({"__metadata__": {"dtrain": provenance}, **entry}).encode()
     header += b" " * (-len(header) % 8)

@@ -57,7 +57,7 @@ class DareX(RandomDrop):
             raise InputError(f"`q` must be in (0, 1], got {self.q}. q=keep is DARE, q=1 is no rescaling.")
         if self.scope not in ("model", "layer") or self.search not in ("grid", "golden"):
             raise InputError(
-                f"`scope` must be 'model' or 'layer' and `search` 'grid' or 'golden', got {self.scope!r}, {self.search!r}."
+                f"`scope` must be 'model' or 'layer', `search` 'grid' or 'golden'; got {self.scope!r}, {self.search!r}."
             )
         if self.masks < 1:
             raise InputError(f"`masks` must be at least 1, got {self.masks}. Use masks=3 for a stable q.")

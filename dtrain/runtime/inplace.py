@@ -81,7 +81,7 @@ def remove_in_place(content: Content, module: nn.Module) -> None:
     for undo in applied[1]:
         if undo.name not in tensors or _touched(tensors[undo.name], undo.before.positions) != undo.after:
             raise AppliedStateError(
-                f"{undo.name!r} changed since the delta was applied, so the base cannot be restored. Load the base again."
+                f"{undo.name!r} changed since the delta was applied, so the base cannot be restored. Load it again."
             )
     for undo in applied[1]:
         _write(tensors[undo.name], undo.before)

@@ -488,7 +488,7 @@ class TestUntouched:
         class Hoarder(Classifier):
             def __init__(self):
                 super().__init__()
-                self.again = nn.ModuleDict({"train": self.train_acc})  # registered twice
+                self.again = nn.ModuleDict({"again": self.train_acc})  # registered twice
                 self.hoard = type(self.val_acc)(num_classes=CLASSES)
 
             def validation_step(self, batch, batch_idx):
@@ -870,6 +870,7 @@ class TestOrder:
         assert torch.equal(merged["model.head.weight"], module.model.head.weight)
 
 
+@pytest.mark.filterwarnings("ignore::jsonargparse.JsonargparseDeprecationWarning")  # LightningCLI's own
 class TestCommandLine:
     @pytest.fixture(autouse=True)
     def _no_arguments_of_pytest(self, monkeypatch):
