@@ -62,9 +62,9 @@ def fine_tune(model: nn.Module, data: Images, strength: float, steps: int, lr: f
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Images, split: str) -> float:
+def accuracy(model: nn.Module, data: Images, limit: int) -> float:
     model.eval()
-    images, labels = data.split(split)
+    images, labels = (part[:limit] for part in data.split("val"))
     pairs = zip(images.split(256), labels.split(256), strict=True)
     return sum(int((model(data.normalise(p)[0]).argmax(-1) == p[1]).sum()) for p in pairs) / len(labels)
 
@@ -85,12 +85,16 @@ def cell(arguments: argparse.Namespace, seed: int, strength: float) -> dict[str,
     fine_tune(model, data, strength, arguments.steps, arguments.lr, seed)
     seconds = time.perf_counter() - start
     tuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = {"delta_norm": delta_norm(base, tuned), "finetuned": accuracy(model, data, "val"), "seconds": seconds}
+    found = {
+        "delta_norm": delta_norm(base, tuned),
+        "finetuned": accuracy(model, data, arguments.images),
+        "seconds": seconds,
+    }
     objective = dtrain.HiddenChange(model, [data.normalise(data.split("calibration"))[0]])
     for method in (dtrain.DareX(keep=KEEP), dtrain.Dare(keep=KEEP)):
         delta = dtrain.compress(base, tuned, method, objective=objective)
         model.load_state_dict(delta.state_dict(base))
-        found[type(method).__name__] = accuracy(model, data, "val")
+        found[type(method).__name__] = accuracy(model, data, arguments.images)
         found["bytes"] = delta.file_bytes()
         model.load_state_dict(tuned)
     return found
@@ -116,6 +120,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.0, 1e-3, 1e-2])
     parser.add_argument("--steps", type=int, default=150, help="steps of 64 images")
+    parser.add_argument("--images", type=int, default=5000, help="test images to score")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--out", default="runs/bench/adamr_cifar.json")
     arguments = parser.parse_args()

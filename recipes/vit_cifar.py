@@ -23,13 +23,14 @@ import torch
 import torchmetrics
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import dtrain
 from dtrain.callbacks import AdamRCallback, DeltaCompressionCallback
 from parts.images import Images
-from parts.picture import accuracy_against_bytes
+from parts.picture import accuracy_against_bytes, accuracy_table
 from parts.presets import choose_preset
 from parts.probe import probe_accuracy
 from parts.vision_models import load_vit
@@ -37,6 +38,9 @@ from parts.vision_models import load_vit
 PRESETS: dict[str, dict[str, Any]] = {
     "hub": {
         "data.dataset": "uoft-cs/cifar10",
+        "data.image_size": 224,
+        "data.mean": [0.5, 0.5, 0.5],  # what this ViT was pre-trained with
+        "data.std": [0.5, 0.5, 0.5],
         "model.pretrained": "vit_base_patch16_224.augreg2_in21k_ft_in1k",  # the full tag: timm's default may move
         "model.lr": 3e-5,
         "trainer.max_steps": 2000,
@@ -47,10 +51,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data.classes": [1, 3, 5, 7, 9],  # the base has seen the even ones only
         "model.pretrained": "digits",
         "model.lr": 1e-3,
-        "trainer.max_steps": 800,
+        "trainer.max_steps": 500,
     },
 }
 KEEPS = (0.3, 0.1, 0.03, 0.01, 0.003)  # points of the picture
+LOOKED_AT = {"train": 20, "val": 8, "calibration": 1}  # batches of 256 images: a picture is a matter of minutes
 
 
 class ViT(L.LightningModule):
@@ -149,42 +154,41 @@ def main() -> None:
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
     callback = next(c for c in cli.trainer.callbacks if isinstance(c, DeltaCompressionCallback))
     if cli.trainer.is_global_zero and callback.outcome is not None:
-        picture(
-            cli.model.model, cli.datamodule, callback.method, callback.read_base(cli.trainer), callback.outcome.path
-        )
+        base = callback.read_base(cli.trainer)
+        picture(cli.model.model, cli.datamodule, callback.method, base, callback.outcome.path)
 
 
 def picture(model: nn.Module, data: Images, method: dtrain.Method, base: dtrain.Weights, delta: Path) -> None:
     """Compress once more at a few keep rates and draw accuracy against bytes, with what to compare it to."""
-    train, val, calibration = (batches(data, name) for name in ("train", "val", "calibration"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    train, val, calibration = (batches(data, name, most, device) for name, most in LOOKED_AT.items())
     tuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lines = {"fine-tuned": accuracy(model, val)}
     points: dict[str, list[tuple[int, float]]] = {}
     rated = {type(each).__name__: each for each in (dtrain.Dare(), method) if hasattr(each, "keep")}
     for keep in KEEPS:
         for name, each in rated.items():
-            each = replace(each, keep=keep)
             objective = dtrain.HiddenChange(model, [(images,) for images, _ in calibration])
-            compressed = dtrain.compress(base, tuned, each, objective=objective)
+            compressed = dtrain.compress(base, tuned, replace(each, keep=keep), objective=objective)
             model.load_state_dict(compressed.state_dict(base))
             points.setdefault(name, []).append((compressed.file_bytes(), accuracy(model, val)))
             model.load_state_dict(tuned)
     model.load_state_dict(base.tensors)
     lines |= {"linear probe": probe_accuracy(model, train, val), "base": accuracy(model, val)}
     model.load_state_dict(tuned)
-    for name, value in lines.items():
-        sys.stdout.write(f"{name}: {value:.4f}\n")
-    for name, series in points.items():
-        for keep, (size, value) in zip(KEEPS, series, strict=True):
-            sys.stdout.write(f"{name}(keep={keep}): {value:.4f} in {size:,} bytes\n")
+    title = f"{Path(data.dataset).name}: accuracy on {sum(len(labels) for _, labels in val)} images, bytes on disk"
     path = delta.with_name("accuracy_against_bytes.png")
-    accuracy_against_bytes(points, lines, path, f"{data.dataset}: accuracy against bytes on disk")
+    accuracy_against_bytes(points, lines, path, title)
+    Console().print(
+        accuracy_table(dict(zip(KEEPS, zip(*points.values(), strict=True), strict=True)), points, lines, title)
+    )
     sys.stdout.write(f"picture: {path}\n")
 
 
-def batches(data: Images, name: str) -> list[tuple[Tensor, Tensor]]:
-    """Return a split as normalised batches without augmentation."""
-    images, labels = data.split(name)
+def batches(data: Images, name: str, most: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Return the first batches of a split, normalised, without augmentation."""
+    images, labels = (part[: 256 * most].to(device) for part in data.split(name))
     return [data.normalise(pair) for pair in zip(images.split(256), labels.split(256), strict=True)]
 
 

@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from dtrain.errors import InputError
 
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
 Labelled = tuple[Tensor, Tensor]  # uint8 images (n, 3, height, width) and int64 labels (n,)
 
 
@@ -27,6 +29,8 @@ class Images(L.LightningDataModule):
         calibration: Training images that are held out, for fitting scales; never used for training.
         augment: Random crops and flips while training. Digits are not flipped: it would change what they are.
         seed: Order of the training images, together with the epoch.
+        mean: Mean of the red, green and blue values of the base's pre-training, in [0, 1].
+        std: Their standard deviation.
     """
 
     def __init__(
@@ -40,11 +44,14 @@ class Images(L.LightningDataModule):
         calibration: int = 128,
         augment: bool = True,
         seed: int = 0,
+        mean: Sequence[float] = CIFAR_MEAN,
+        std: Sequence[float] = CIFAR_STD,
     ) -> None:
         super().__init__()
         self.dataset, self.revision, self.classes = dataset, revision, list(classes)
         self.batch_size, self.image_size, self.train_limit, self.seed = batch_size, image_size, train_limit, seed
         self.calibration, self.augment, self.flip = calibration, augment, dataset != "digits"
+        self.mean, self.std = list(mean), list(std)
         self._splits: dict[str, Labelled] = {}
 
     @property
@@ -84,15 +91,12 @@ class Images(L.LightningDataModule):
         images = batch[0].float() / 255
         if self.image_size and images.shape[-1] != self.image_size:
             images = interpolate(images, size=self.image_size, mode="bicubic", antialias=True).clamp_(0, 1)
-        mean, std = (torch.tensor(value, device=images.device).view(1, 3, 1, 1) for value in (MEAN, STD))
+        mean, std = (torch.tensor(value, device=images.device).view(1, 3, 1, 1) for value in (self.mean, self.std))
         return (images - mean) / std, batch[1]
 
     def augmented(self, batch: Labelled) -> Labelled:
         """Return a training batch with its images shifted and mirrored at random, if that was asked for."""
         return (crop_and_flip(batch[0], self.flip), batch[1]) if self.augment else batch
-
-
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10; any fixed pair would do
 
 
 class Shuffled(Sampler[int]):

@@ -1,9 +1,10 @@
 """Accuracy against bytes: the picture a recipe ends with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from rich.table import Table
 
 
 def accuracy_against_bytes(
@@ -36,3 +37,25 @@ def accuracy_against_bytes(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def accuracy_table(
+    rows: Mapping[float, Sequence[tuple[int, float]]], methods: Iterable[str], lines: Mapping[str, float], title: str
+) -> Table:
+    """Return the points of the picture as a table.
+
+    Args:
+        rows: For every keep rate the (bytes on disk, accuracy) of every method.
+        methods: Their names.
+        lines: Accuracies to compare with, by name.
+        title: What was measured.
+    """
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("keep", justify="right")
+    for name in methods:
+        table.add_column(name, justify="right")
+        table.add_column("bytes", justify="right")
+    for keep, points in rows.items():
+        table.add_row(f"{keep}", *(text for size, accuracy in points for text in (f"{accuracy:.4f}", f"{size:,}")))
+    table.caption = ", ".join(f"{name} {value:.4f}" for name, value in lines.items())
+    return table

@@ -42,10 +42,10 @@ class Classifier(pl.LightningModule):
     def forward(self, x):
         return self.model(x)
 
-    def on_train_epoch_start(self):
-        torch.manual_seed(1000 + self.current_epoch)  # so that a resumed run equals an unbroken one
-
     def training_step(self, batch, batch_idx):
+        # A resumed run shall equal an unbroken one. Not in on_train_epoch_start: a loader draws its seed before that hook
+        # in the first epoch of a fit, and after it in the others.
+        torch.manual_seed(1000 * self.current_epoch + batch_idx)
         x, y = batch
         logits = self(x)
         self.train_acc(logits, y)

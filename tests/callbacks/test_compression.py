@@ -870,7 +870,7 @@ class TestOrder:
         assert torch.equal(merged["model.head.weight"], module.model.head.weight)
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse.JsonargparseDeprecationWarning")  # LightningCLI's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI uses what jsonargparse is to drop
 class TestCommandLine:
     @pytest.fixture(autouse=True)
     def _no_arguments_of_pytest(self, monkeypatch):
