@@ -10,7 +10,6 @@ from typing import Any, cast
 import lightning.pytorch as pl
 
 from dtrain.callbacks.evaluation import lightning_of
-from dtrain.callbacks.strategies import refuse_sharded
 from dtrain.errors import InputError
 
 #: Callbacks that put other weights into the module when training ends.
@@ -47,15 +46,14 @@ def check_validation_step(pl_module: pl.LightningModule) -> None:
         )
 
 
-def check_run(callback: Any, trainer: pl.Trainer) -> None:
-    """Raise an InputError if strategy, checkpoints or the order of the callbacks do not suit `callback`."""
-    refuse_sharded(trainer, "DeltaCompressionCallback", "its weights would have to be gathered")
-    if callback.source == "best":
+def check_callbacks(callback: pl.Callback, trainer: pl.Trainer, source: str) -> None:
+    """Raise an InputError if the other callbacks do not give the weights that `source` asks for."""
+    if source == "best":  # what is averaged when training ends is in no checkpoint, so the order does not matter
         if trainer.checkpoint_callback is None and not cast("Any", trainer).fast_dev_run:  # which takes it out
             raise InputError(
                 "source='best' needs a checkpoint callback. Add ModelCheckpoint(monitor=...) or use 'last'."
             )
-        return  # what is averaged when training ends is in no checkpoint
+        return
     callbacks = cast("list[pl.Callback]", cast("Any", trainer).callbacks)
     later = callbacks[callbacks.index(callback) + 1 :]
     names = [parent.__name__ for other in later for parent in type(other).__mro__]

@@ -12,11 +12,12 @@ from torch import nn
 from typing_extensions import override
 
 from dtrain.callbacks.base import Base
-from dtrain.callbacks.checks import check_choices, check_path, check_run, check_validation_step
+from dtrain.callbacks.checks import check_callbacks, check_choices, check_path, check_validation_step
 from dtrain.callbacks.evaluation import has_validation, validate
 from dtrain.callbacks.live import kept, load_weights, part_of, same_on_all_ranks, submodule, without_counters
 from dtrain.callbacks.objective import Mode, ValidationObjective, check_calibration, goal, missing_metric, pick
 from dtrain.callbacks.outcome import Outcome, conclude, run_folder
+from dtrain.callbacks.strategies import refuse_sharded
 from dtrain.compression import compress
 from dtrain.delta import Delta
 from dtrain.errors import InputError
@@ -115,7 +116,8 @@ class DeltaCompressionCallback(pl.Callback):
             return
         self.delta, self.outcome, self._metric_seen = None, None, False
         self._base.begin()
-        check_run(self, trainer)
+        refuse_sharded(trainer, "DeltaCompressionCallback", "its weights would have to be gathered")
+        check_callbacks(self, trainer, self.source)
         check_path(self.path)
         if self._needs_objective:
             check_validation_step(pl_module)
@@ -193,7 +195,7 @@ class DeltaCompressionCallback(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after everything else, when the progress bar no longer draws: show the table."""
+        """Called after everything else that ends training: show the table below what others had to say."""
         if self.outcome is not None and trainer.is_global_zero:
             self.outcome.show()
 

@@ -58,9 +58,9 @@ def conclude(
     path: Path, report: Report, scores: Mapping[str, Mapping[str, float]], monitor: str | None, mode: str
 ) -> Outcome:
     """Return the outcome; `monitor` counts if every model was scored by it."""
-    if not scores or any(monitor not in found for found in scores.values()):
+    if monitor is None or not scores or any(monitor not in found for found in scores.values()):
         return Outcome(path, report, scores, None, None)
-    tuned, compressed = (scores[who][monitor or ""] for who in ("finetuned", "compressed"))
+    tuned, compressed = (scores[who][monitor] for who in ("finetuned", "compressed"))
     return Outcome(path, report, scores, monitor, tuned - compressed if mode == "max" else compressed - tuned)
 
 

@@ -86,12 +86,11 @@ def snapshot_folders(trainer: pl.Trainer) -> list[Path]:
         InputError: If the checkpoints are not kept in a local folder.
     """
     callbacks = cast("list[object]", trainer.checkpoint_callbacks)
-    places = [folder for callback in callbacks if (folder := getattr(callback, "dirpath", None))]
+    places: list[str | Path] = [folder for callback in callbacks if (folder := getattr(callback, "dirpath", None))]
     places.append(trainer.default_root_dir)
-    places = [trainer.strategy.broadcast(str(place)) for place in places]
     if trainer.ckpt_path:
-        places.append(str(Path(trainer.ckpt_path).parent))
-    if "://" in places[0]:
+        places.append(Path(trainer.ckpt_path).parent)
+    if "://" in str(places[0]):
         raise InputError(
             f"the checkpoints go to {places[0]}, where no snapshot of the base can be kept. Give "
             "DeltaCompressionCallback(base=...) the weights that the fine-tuning starts from."

@@ -25,9 +25,9 @@ def outcome_table(scores: Mapping[str, Mapping[str, float]], report: Report, mon
     table.add_column("gain kept", justify="right")
     names = {name for found in scores.values() for name in found}
     for name in sorted(names, key=lambda name: (name != monitor, name)):
-        base, tuned, compressed = (scores[who].get(name, float("nan")) for who in ("base", "finetuned", "compressed"))
-        kept = f"{(compressed - base) / (tuned - base):.1%}" if tuned != base else "-"
-        table.add_row(name, *(f"{value:.4f}" for value in (base, tuned, compressed)), kept)
+        base, tuned, compressed = (scores[who].get(name) for who in ("base", "finetuned", "compressed"))
+        values = ("-" if value is None else f"{value:.4f}" for value in (base, tuned, compressed))
+        table.add_row(name, *values, _gain_kept(base, tuned, compressed))
     table.add_section()
     table.add_row("bytes", "", f"{report.checkpoint_bytes:,}", f"{report.file_bytes:,}", "")
     table.add_row("ratio", "", "1", f"{report.ratio:,.1f}", "")
@@ -39,3 +39,9 @@ def describe(method: Mapping[str, Any]) -> str:
     """Return a method as it would be written in Python."""
     parameters = ", ".join(f"{key}={value!r}" for key, value in method.items() if key != "name")
     return f"{method.get('name', 'delta')}({parameters})"
+
+
+def _gain_kept(base: float | None, tuned: float | None, compressed: float | None) -> str:
+    if base is None or tuned is None or compressed is None or tuned == base:
+        return "-"
+    return f"{(compressed - base) / (tuned - base):.1%}"

@@ -121,7 +121,7 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(AdamRCallback, "adamr")
         parser.add_lightning_class_args(DeltaCompressionCallback, "compress")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.link_arguments("method", "compress.method")
+        parser.link_arguments("method", "compress.method", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.set_defaults(
             {
@@ -200,4 +200,7 @@ def accuracy(model: nn.Module, split: list[tuple[Tensor, Tensor]]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except dtrain.DtrainError as error:
+        sys.exit(f"vit_cifar: {error}")

@@ -75,7 +75,7 @@ def pretrain_on_digits(steps: int = 800) -> Path:
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                advance(f"loss {float(loss):.3f}")
+                advance(f"loss {loss.item():.3f}")
     CACHE.mkdir(parents=True, exist_ok=True)
     (CACHE / "config.json").write_text(json.dumps({"model_args": DIGITS_VIT}, indent=1))
     save_file(model.state_dict(), CACHE / "model.safetensors")  # last: its presence says that the folder is whole

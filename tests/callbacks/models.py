@@ -43,8 +43,8 @@ class Classifier(pl.LightningModule):
         return self.model(x)
 
     def training_step(self, batch, batch_idx):
-        # A resumed run shall equal an unbroken one. Not in on_train_epoch_start: a loader draws its seed before that hook
-        # in the first epoch of a fit, and after it in the others.
+        # A resumed run shall equal an unbroken one. Not in on_train_epoch_start: a loader draws its seed before that
+        # hook in the first epoch of a fit, and after it in the others.
         torch.manual_seed(1000 * self.current_epoch + batch_idx)
         x, y = batch
         logits = self(x)
@@ -96,6 +96,23 @@ class Crash(Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == self.epoch:
             raise self.error("crash")
+
+
+class Recorder(Callback):
+    """Notes which hooks of the run's callbacks are called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattribute__(self, name):
+        if name.startswith(("on_", "setup", "teardown")):
+            calls = object.__getattribute__(self, "calls")
+
+            def hook(trainer, module, *_, **options):
+                calls.append((name, options.get("stage", "")))
+
+            return hook
+        return object.__getattribute__(self, name)
 
 
 def dataset(rows=48, seed=1):

@@ -59,7 +59,7 @@ class Tell(pl.Callback):
                     "path": str(callback.outcome.path),
                 }
         told["logged"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        told["weights"] = [float(param.double().sum()) for param in pl_module.parameters()]
+        told["weights"] = [float(param.detach().double().sum()) for param in pl_module.parameters()]
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(told))
 
 

@@ -31,6 +31,7 @@ from tests.callbacks.models import (
     Classifier,
     Crash,
     Net,
+    Recorder,
     TwoLoaders,
     dataset,
     fit,
@@ -57,23 +58,6 @@ def compress(path=None, method=DARE, **options):
 
 def checkpoints(folder, **options):
     return ModelCheckpoint(dirpath=folder, **options)
-
-
-class Recorder(pl.Callback):
-    """Notes which hooks of the run's callbacks are called."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __getattribute__(self, name):
-        if name.startswith(("on_", "setup", "teardown")):
-            calls = object.__getattribute__(self, "calls")
-
-            def hook(trainer, module, *_, **options):
-                calls.append((name, options.get("stage", "")))
-
-            return hook
-        return object.__getattribute__(self, name)
 
 
 class Memory(Logger):
@@ -233,7 +217,6 @@ class TestScores:
                 super().__init__()
                 self.model = Net()
 
-            training_step = Classifier.training_step
             configure_optimizers = Classifier.configure_optimizers
             forward = Classifier.forward
             lr = 0.01
@@ -379,7 +362,9 @@ class TestFit:
         class Convolutional(Classifier):
             def __init__(self):
                 super().__init__()
-                self.model = nn.Sequential(nn.Unflatten(1, (1, FEATURES)), nn.Conv1d(1, CLASSES, FEATURES), nn.Flatten())
+                self.model = nn.Sequential(
+                    nn.Unflatten(1, (1, FEATURES)), nn.Conv1d(1, CLASSES, FEATURES), nn.Flatten()
+                )
 
         with pytest.raises(InputError, match=r"no linear layer.*fit_on='metric'"):
             fit(Convolutional(), tmp_path, compress(method=SEARCH))
@@ -414,9 +399,7 @@ class TestUntouched:
         assert same(trainer.callback_metrics, without.callback_metrics)
         assert same(trainer.logged_metrics, without.logged_metrics)
         assert trainer.progress_bar_metrics == without.progress_bar_metrics
-        for one, other in zip(
-            trainer.optimizers[0].state.values(), without.optimizers[0].state.values(), strict=True
-        ):
+        for one, other in zip(trainer.optimizers[0].state.values(), without.optimizers[0].state.values(), strict=True):
             assert same(one, other)
         for one, other in zip(module.parameters(), plain.parameters(), strict=True):
             assert one.grad is other.grad is None or torch.equal(one.grad, other.grad)
@@ -442,7 +425,9 @@ class TestUntouched:
         rows = []
         for run in "ab":
             with (tmp_path / run / "metrics.csv").open() as file:
-                rows.append([{k: v for k, v in row.items() if not k.startswith("dtrain/")} for row in csv.DictReader(file)])
+                rows.append(
+                    [{k: v for k, v in row.items() if not k.startswith("dtrain/")} for row in csv.DictReader(file)]
+                )
         assert rows[0] == [row for row in rows[1] if row["epoch"]]
 
     @pytest.mark.filterwarnings("ignore:Found 1 module")
@@ -571,12 +556,18 @@ class TestUntouched:
                 self.loggers[1].log_image("x", [])
                 trainer = self.trainer
                 self.log_of_views.append(
-                    (trainer.global_step, trainer.max_epochs, self.optimizers().param_groups[0]["lr"], trainer.is_global_zero)
+                    (
+                        trainer.global_step,
+                        trainer.max_epochs,
+                        self.optimizers().param_groups[0]["lr"],
+                        trainer.is_global_zero,
+                    )
                 )
                 Path(trainer.log_dir, "predictions.txt").write_text("private")
 
         module = Curious()
         module.log_of_views = views = type("Views", (), {"items": [], "append": lambda self, x: self.items.append(x)})()
+
         class Text(Memory):
             save_dir = str(tmp_path)
             experiment = type("E", (), {"add_text": lambda *_: None})()
@@ -674,7 +665,9 @@ class TestModule:
         class Tied(Classifier):
             def __init__(self):
                 super().__init__()
-                self.model.inner.weight = self.model.again.weight if hasattr(self.model, "again") else self.model.inner.weight
+                self.model.inner.weight = (
+                    self.model.again.weight if hasattr(self.model, "again") else self.model.inner.weight
+                )
                 self.alias = nn.Linear(16, 16, bias=False)
                 self.alias.weight = self.model.inner.weight  # sorts before the name in the model
 
@@ -714,7 +707,9 @@ class TestModule:
         trainer = fit(Classifier(), tmp_path, callback, saver, epochs=3)
         best = torch.load(saver.best_model_path, weights_only=True)
         assert best["epoch"] == 0
-        assert torch.equal(callback.delta.state_dict(Classifier())["model.head.weight"], best["state_dict"]["model.head.weight"])
+        assert torch.equal(
+            callback.delta.state_dict(Classifier())["model.head.weight"], best["state_dict"]["model.head.weight"]
+        )
         assert callback.outcome.scores["finetuned"]["val_loss"] == float(saver.best_model_score)
         assert not torch.equal(trainer.lightning_module.model.head.weight, best["state_dict"]["model.head.weight"])
 
@@ -844,13 +839,14 @@ class TestGuards:
             DeltaCompressionCallback(**options)
 
 
-class TestOrder:
-    AVERAGING = [
-        lambda: WeightAveraging(),
-        lambda: EMAWeightAveraging(decay=0.5),
-        lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1),
-    ]
+AVERAGING = (
+    lambda: WeightAveraging(),
+    lambda: EMAWeightAveraging(decay=0.5),
+    lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1),
+)
 
+
+class TestOrder:
     @pytest.mark.parametrize("make", AVERAGING, ids=["average", "ema", "swa"])
     def test_behind_us(self, tmp_path, make):
         with pytest.raises(InputError, match=r"Put DeltaCompressionCallback behind (Stochastic)?WeightAveraging"):
@@ -888,7 +884,7 @@ class TestCommandLine:
         )
 
     NAME = "--trainer.callbacks+=dtrain.callbacks.DeltaCompressionCallback"
-    EVERYTHING = [
+    EVERYTHING = (
         "--trainer.callbacks.method=dtrain.DareX",
         "--trainer.callbacks.method.keep=0.05",
         "--trainer.callbacks.method.q=norm",
@@ -904,7 +900,7 @@ class TestCommandLine:
         "--trainer.callbacks.exclude=[b.*,c]",
         "--trainer.callbacks.whole=[]",
         "--trainer.callbacks.drop=[d]",
-    ]
+    )
 
     def callback(self, trainer):
         return next(callback for callback in trainer.callbacks if isinstance(callback, DeltaCompressionCallback))
@@ -932,7 +928,11 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(
         ("argument", "message"),
-        [("source=first", "'last', 'best'"), ("mode=up", "'max', 'min'"), ("method.mask=dense", "'bernoulli', 'stratified'")],
+        [
+            ("source=first", "'last', 'best'"),
+            ("mode=up", "'max', 'min'"),
+            ("method.mask=dense", "'bernoulli', 'stratified'"),
+        ],
     )
     def test_bad_literal(self, capsys, argument, message):
         method = ["--trainer.callbacks.method=dtrain.DareX"] if "method" in argument else []

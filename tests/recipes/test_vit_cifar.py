@@ -16,8 +16,6 @@ from PIL import Image as Pil
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from dtrain.errors import InputError
-
 # Lightning and its loggers warn about many things that are no fault of the recipe.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -109,30 +107,11 @@ def test_wandb_offline_keeps_the_summary(recipe, tmp_path, monkeypatch):
     recipe("--trainer.logger=WandbLogger", "--trainer.logger.offline=true")
     import wandb
 
+    logged = dict(wandb.run.summary)
     wandb.finish()
-    logged = read_wandb(next(tmp_path.rglob("run-*.wandb")))
+    assert list(tmp_path.rglob("run-*.wandb"))
     assert logged["dtrain/bytes"] == (tmp_path / "runs/vit_cifar/delta.safetensors").stat().st_size
-    assert {
-        "dtrain/ratio",
-        "dtrain/metric_base",
-        "dtrain/metric_finetuned",
-        "dtrain/metric_compressed",
-    } <= logged.keys()
-
-
-def read_wandb(path: Path) -> dict[str, object]:
-    """Return the last logged value by name from an offline run's file."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    store, values = DataStore(), {}
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        for item in (*record.history.item, *record.summary.update):
-            values[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-    return values
+    assert {f"dtrain/{name}" for name in ("ratio", "metric_base", "metric_finetuned", "metric_drop")} <= logged.keys()
 
 
 @pytest.mark.parametrize(
@@ -141,22 +120,19 @@ def read_wandb(path: Path) -> dict[str, object]:
         (("--data.dataset", "no/such/folder"), "cannot be loaded"),
         (("--model.pretrained", "no_such_model_anywhere"), "no_such_model_anywhere"),
         (("--data.classes", "[0, 77]"), r"names \[77\]"),
+        (("--method.keep", "2"), r"must be in \[2\*\*-24, 1\]"),
     ],
 )
 def test_bad_input_gets_a_sentence(recipe, tmp_path, arguments, sentence):
-    with pytest.raises(InputError, match=sentence):
+    with pytest.raises(SystemExit, match=sentence):
         recipe(*arguments)
     assert not list(tmp_path.rglob("delta.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [(("--method", "NoSuchMethod"), "NoSuchMethod"), (("--method.keep", "2"), r"must be in \[2\*\*-24, 1\]")],
-)
-def test_bad_argument_is_refused_by_the_parser(recipe, capsys, arguments, sentence):
+def test_unknown_method_is_refused_by_the_parser(recipe, capsys):
     with pytest.raises(SystemExit):
-        recipe(*arguments)
-    assert re.search(sentence, capsys.readouterr().err)
+        recipe("--method", "NoSuchMethod")
+    assert "NoSuchMethod" in capsys.readouterr().err
 
 
 def test_printed_config_is_complete(recipe, capsys):
