@@ -30,7 +30,7 @@ import dtrain
 KEEPS = (0.1, 0.03, 0.01, 0.003)
 MASKS = (0, 1, 2)
 WAYS = ("dare", "q_e model", "q_v model", "q_e layer", "q_v layer")
-HIDDEN_SENTENCES, LABELLED_SENTENCES = 64, 256  # for q_e and q_v
+HELD_OUT = 64  # training sentences that q is searched on
 
 Batch = tuple[dict[str, Tensor], Tensor]
 
@@ -63,7 +63,6 @@ def read(model: str, data: str, train_size: int, seed: int) -> Task:
     text = next(name for name in ("sentence", "text") if name in splits["train"].column_names)
 
     def batches(rows: Any, size: int) -> list[Batch]:
-        rows = rows.map(lambda row: {"length": len(row[text])}).sort("length") if size > 32 else rows  # less padding
         out = []
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
@@ -72,9 +71,10 @@ def read(model: str, data: str, train_size: int, seed: int) -> Task:
         return out
 
     shuffled = splits["train"].shuffle(seed=seed)
-    held = shuffled.select(range(LABELLED_SENTENCES))
-    train = shuffled.select(range(LABELLED_SENTENCES, LABELLED_SENTENCES + train_size))
-    return Task(batches(train, 32), batches(held, 64), batches(splits["validation"], 64))
+    held = shuffled.select(range(HELD_OUT))
+    train = shuffled.select(range(256, 256 + train_size))
+    val = splits["validation"].map(lambda row: {"length": len(row[text])}).sort("length")  # less padding, same score
+    return Task(batches(train, 32), batches(held, 64), batches(val, 64))
 
 
 @torch.no_grad()
@@ -118,13 +118,12 @@ def compress(
 ) -> dtrain.Delta:
     if way == "dare":
         return dtrain.compress(base, tuned, dtrain.Dare(keep=keep, seed=100 * mask))
+    layer = way.endswith("layer")  # hundreds of evaluations: one mask instead of three
     objective: dtrain.Objective
     if way.startswith("q_e"):
-        objective = dtrain.HiddenChange(model, [inputs for inputs, _ in task.held_out[: HIDDEN_SENTENCES // 64]], call)
+        objective = dtrain.HiddenChange(model, [inputs for inputs, _ in task.held_out], call)
     else:
         objective = dtrain.Metric(model, lambda module: accuracy(module, task.held_out))
-    layer = way.endswith("layer")
-    # Layer by layer costs hundreds of evaluations: one mask, where the model's one q is averaged over three.
     method = dtrain.DareX(keep=keep, seed=100 * mask, scope="layer" if layer else "model", masks=1 if layer else 3)
     return dtrain.compress(base, tuned, method, objective=objective)
 
@@ -155,7 +154,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             model.load_state_dict(base)
             cells[f"{seed} references"] = {**scores, "linear probe": probe(model, task)}
         for way in arguments.ways:
-            for keep in KEEPS:
+            for keep in arguments.keeps:
                 for mask in MASKS:
                     key = f"{seed} | {way} | {keep} | {mask}"
                     if key not in cells:
@@ -199,6 +198,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of Parquet files with sentence and label")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
     parser.add_argument("--train-size", type=int, default=8000, help="training sentences, one epoch")
     parser.add_argument("--out", default="runs/bench/sst2_darex.json")
     Console(width=150).print(table(run(parser.parse_args())))

@@ -165,7 +165,7 @@ class DeltaCompressionCallback(pl.Callback):
         monitor = goal(trainer, self.monitor, self.mode)[0] if self._must_have_metric else None
         if monitor is None or self._metric_seen or not _in_fit(trainer) or trainer.sanity_checking:
             return
-        # What training logs has other values in it, but the very same objects: only validation's are new.
+        # What training logged is there as well, but as the same objects as before: only validation's are new.
         found = {
             name: float(value) for name, value in trainer.callback_metrics.items() if before.get(name) is not value
         }

@@ -62,8 +62,10 @@ class Images(L.LightningDataModule):
     def split(self, name: str) -> Labelled:
         """Return "train", "calibration" (held out of the training images) or "val"."""
         if not self._splits:
-            train, val = read_digits() if self.dataset == "digits" else read_parquet(self.dataset, self.revision)
-            train, val = (choose(part, self.classes) for part in (train, val))
+            if self.dataset == "digits":
+                train, val = (choose(part, self.classes) for part in read_digits())
+            else:
+                train, val = read_parquet(self.dataset, self.revision, self.classes)
             order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))
             held, rest = order[: self.calibration], order[self.calibration :][: self.train_limit or None]
             if len(rest) < self.batch_size:
@@ -133,11 +135,15 @@ def choose(part: Labelled, classes: Sequence[int]) -> Labelled:
     images, labels = part
     if not classes:
         return part
-    found = sorted(set(labels.tolist()))
-    if missing := sorted(set(classes) - set(found)):
-        raise InputError(f"--data.classes names {missing}, but the data set has the labels {found}.")
+    check_classes(classes, labels.tolist())
     keep = torch.isin(labels, torch.tensor(classes))
     return images[keep], torch.tensor([classes.index(label) for label in labels[keep].tolist()])
+
+
+def check_classes(classes: Sequence[int], labels: Sequence[int]) -> None:
+    """Raise an InputError if a class does not occur."""
+    if missing := sorted(set(classes) - set(labels)):
+        raise InputError(f"--data.classes names {missing}, but the data set has the labels {sorted(set(labels))}.")
 
 
 def read_digits() -> tuple[Labelled, Labelled]:
@@ -151,7 +157,7 @@ def read_digits() -> tuple[Labelled, Labelled]:
     return (images[~is_val], labels[~is_val]), (images[is_val], labels[is_val])
 
 
-def read_parquet(dataset: str, revision: str) -> tuple[Labelled, Labelled]:
+def read_parquet(dataset: str, revision: str, classes: Sequence[int]) -> tuple[Labelled, Labelled]:
     """Return the train and test (or validation) split of a Hub data set or a local folder in its schema."""
     from datasets import load_dataset
 
@@ -166,18 +172,23 @@ def read_parquet(dataset: str, revision: str) -> tuple[Labelled, Labelled]:
     val = next((name for name in ("test", "validation") if name in splits), None)
     if "train" not in splits or val is None:
         raise InputError(f"{dataset!r} has the splits {list(splits)}; expected train and test or validation.")
-    return to_tensors(splits["train"]), to_tensors(splits[val])
+    return to_tensors(splits["train"], classes), to_tensors(splits[val], classes)
 
 
-def to_tensors(split) -> Labelled:  # noqa: ANN001 - a datasets.Dataset
-    """Decode one split."""
+def to_tensors(split, classes: Sequence[int]) -> Labelled:  # noqa: ANN001 - a datasets.Dataset
+    """Decode the images of the given classes."""
     import numpy as np
 
     image = next((name for name in ("img", "image") if name in split.column_names), None)
     label = next((name for name in ("label", "fine_label", "labels") if name in split.column_names), None)
     if image is None or label is None:
         raise InputError(f"the columns are {split.column_names}; expected an image column `img` and a `label`.")
+    labels = split.with_format("numpy", columns=[label])[label][:]
+    check_classes(classes, labels.tolist())
+    if classes:  # before anything is decoded: pictures are what takes the time
+        split = split.select(np.flatnonzero(np.isin(labels, classes)))
     pictures = [np.asarray(picture.convert("RGB")) for picture in split[image]]
     if len({picture.shape for picture in pictures}) > 1:
         raise InputError("the images have different sizes. Resize them to one size first.")
-    return torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), torch.tensor(split[label])
+    images = torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return choose((images, torch.tensor(split[label][:])), classes)

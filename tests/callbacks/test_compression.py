@@ -6,6 +6,7 @@ import csv
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -495,11 +496,11 @@ class TestUntouched:
         assert [call for call in with_us.calls if call[0] == "teardown"] == [("teardown", "fit")]
 
     def test_hooks_that_set_up_run_once(self, tmp_path):
-        class SetUp(Classifier):
-            calls = ()
+        calls = []  # not an attribute: those are put back
 
+        class SetUp(Classifier):
             def note(self, *what):
-                self.calls += what
+                calls.extend(what)
 
             def prepare_data(self):
                 self.note("prepare_data")
@@ -519,18 +520,18 @@ class TestUntouched:
 
         module = SetUp()
         fit(module, tmp_path, compress(method=SEARCH))
-        assert module.calls == ("callbacks", "prepare_data", "setup", "fit", "model", "teardown", "fit")
+        assert calls == ["callbacks", "prepare_data", "setup", "fit", "model", "teardown", "fit"]
         assert "setup" not in vars(module)
 
     def test_a_data_module_does_not_notice(self, tmp_path):
-        class Data(pl.LightningDataModule):
-            calls = ()
+        calls = []
 
+        class Data(pl.LightningDataModule):
             def setup(self, stage):
-                self.calls += (stage,)
+                calls.append(stage)
 
             def teardown(self, stage):
-                self.calls += (stage,)
+                calls.append(stage)
 
             def train_dataloader(self):
                 return train_loader()
@@ -545,43 +546,43 @@ class TestUntouched:
         data, callback = Data(), compress(method=SEARCH)
         trainer = make_trainer(tmp_path, callback)
         trainer.fit(Classifier(), data)
-        assert data.calls == ("fit", "fit")
+        assert calls == ["fit", "fit"]
         assert data.trainer is trainer
         assert callback.outcome.scores["finetuned"]["val_loss"] == float(trainer.callback_metrics["val_loss"])
 
     def test_what_the_module_sees(self, tmp_path):
+        views = []
+
         class Curious(Classifier):
             def on_validation_start(self):
                 self.logger.experiment.add_text("anything", "at all")
                 self.loggers[1].log_image("x", [])
-                trainer = self.trainer
-                self.log_of_views.append(
-                    (
-                        trainer.global_step,
-                        trainer.max_epochs,
-                        self.optimizers().param_groups[0]["lr"],
-                        trainer.is_global_zero,
-                    )
-                )
-                Path(trainer.log_dir, "predictions.txt").write_text("private")
-
-        module = Curious()
-        module.log_of_views = views = type("Views", (), {"items": [], "append": lambda self, x: self.items.append(x)})()
+                rate = self.optimizers().param_groups[0]["lr"]
+                views.append((self.global_step, self.trainer.max_epochs, rate, self.trainer.is_global_zero))
 
         class Text(Memory):
-            save_dir = str(tmp_path)
-            experiment = type("E", (), {"add_text": lambda *_: None})()
+            experiment = SimpleNamespace(add_text=lambda *_: None)
 
             def log_image(self, *_):
                 pass
 
+        fit(Curious(), tmp_path, compress(), logger=[Text(), Text()])
+        assert views[-3:] == [(6, 2, 0.01, True)] * 3
+
+    @pytest.mark.parametrize("logger", [False, True])
+    def test_files_that_the_module_writes(self, tmp_path, logger):
+        class Writes(Classifier):
+            def on_validation_end(self):
+                Path(self.trainer.log_dir, "predictions.txt").write_text("private")
+
         class Mark(pl.Callback):
             def on_train_end(self, trainer, pl_module):
-                (tmp_path / "predictions.txt").write_text("the run's")
+                self.path = Path(trainer.log_dir, "predictions.txt")
+                self.path.write_text("the run's")
 
-        fit(module, tmp_path, Mark(), compress(), logger=[Text(), Text()])
-        assert views.items[-3:] == [(6, 2, 0.01, True)] * 3
-        assert (tmp_path / "predictions.txt").read_text() == "the run's"
+        mark = Mark()
+        fit(Writes(), tmp_path, mark, compress(), logger=CSVLogger(tmp_path) if logger else False)
+        assert mark.path.read_text() == "the run's"
 
     def test_quiet(self, tmp_path, capfd, recwarn):
         fit(Classifier(), tmp_path, checkpoints(tmp_path))
