@@ -141,7 +141,7 @@ class DeltaCompressionCallback(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when fit begins: make sure that the base will be there at the end."""
-        submodule(pl_module, self.module)
+        self.rules.check(read_weights(submodule(pl_module, self.module)).tensors)
         if not _is_trial(trainer):
             self._base.check(trainer, pl_module)
 

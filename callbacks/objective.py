@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from typing_extensions import override
 
 from dtrain.callbacks.evaluation import mean_over_ranks, validate
@@ -102,7 +103,8 @@ def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> An
     """Return training inputs in a fixed order.
 
     `calibration_dataloader()` of the data module or the module is asked first: it can leave augmentation out and hold
-    data back. Else the training data set is read in its own order, through its own transforms.
+    data back. Else the training data set is read through its own transforms, in an order shuffled once and for all: it
+    may be sorted by class.
 
     Raises:
         InputError: If there is neither.
@@ -110,6 +112,10 @@ def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> An
     check_calibration(trainer, pl_module)
     if (make := _own_calibration(trainer, pl_module)) is not None:
         return make()
+    rank_zero_info(
+        "DeltaCompressionCallback fits q on the training data set as it is, with whatever augmentation its transforms do. "
+        "Define calibration_dataloader() on the LightningModule or the data module to choose other inputs."
+    )
     typed = cast("DataLoader[Any]", trainer.train_dataloader)
     if isinstance(typed.dataset, IterableDataset):
         return typed
@@ -119,7 +125,8 @@ def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> An
         if batched
         else None
     )
-    return DataLoader(typed.dataset, batch_size=size, shuffle=False, collate_fn=typed.collate_fn)
+    order = torch.randperm(len(cast("Sized", typed.dataset)), generator=torch.Generator().manual_seed(0)).tolist()
+    return DataLoader(Subset(typed.dataset, order), batch_size=size, shuffle=False, collate_fn=typed.collate_fn)
 
 
 def goal(trainer: pl.Trainer, monitor: str | None, mode: Mode | None) -> tuple[str | None, Mode]:

@@ -43,5 +43,5 @@ def describe(method: Mapping[str, Any]) -> str:
 
 def _gain_kept(base: float | None, tuned: float | None, compressed: float | None) -> str:
     if base is None or tuned is None or compressed is None or tuned == base:
-        return "-"
+        return "-"  # nothing was gained, so there is no share of it
     return f"{(compressed - base) / (tuned - base):.1%}"

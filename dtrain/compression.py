@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -50,6 +51,9 @@ def compress(
         InputError: If the models cannot be paired, do not differ, or hold NaN or inf (bitwise methods keep those).
         NeedsDataError: If the method must be fitted and there is no objective.
     """
+    if not isinstance(method, Method):  # pyright: ignore[reportUnnecessaryIsInstance] - the likeliest slip of all
+        raise InputError(f"`method` must be a method such as dtrain.Dare(keep=0.1), got {method!r}.")
+    _check_json(training)
     if method.needs == "objective" and objective is None:
         raise NeedsDataError(
             f"{type(method).__name__} searches q on training inputs but got no objective. Pass "
@@ -57,13 +61,13 @@ def compress(
             "number need no data."
         )
     rules = rules or Rules()
-    original = read_weights(base)
-    changes = pair(original, read_weights(finetuned), rules)
+    changes = pair(read_weights(base), read_weights(finetuned), rules)
+    rules.check([change.name for change in changes])
     if method.bitwise:
         changes = [replace(c, role="bits") if c.role in ("method", "half") else c for c in changes]
     payloads = {change.name: _encode(change, method) for change in changes}
     metadata: dict[str, Any] = {"method": method.describe(), "rules": _changed_rules(rules)}
-    if not math.isnan(method.nominal_bits):
+    if any(change.role == "method" for change in changes):
         metadata["nominal_bits"] = method.nominal_bits
     if training:
         metadata["training"] = dict(training)
@@ -152,6 +156,13 @@ def _fit(
     q = sorted(fit.q.values()) or [1.0]
     summary = {"objective": objective.label, "q": [q[0], q[-1]], "loss": fit.loss, "loss_at_dare": start}
     return scaled, {**summary, "evaluations": fit.evaluations}
+
+
+def _check_json(training: Mapping[str, Any] | None) -> None:
+    try:
+        json.dumps(dict(training or {}), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"`training` must be plain JSON ({error}). Give numbers, text, lists and dicts.") from error
 
 
 def _changed_rules(rules: Rules) -> dict[str, Any]:

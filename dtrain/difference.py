@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtrain.errors import InputError
 from dtrain.rules import Rules
-from dtrain.weights import Weights, digest, tensor_bytes
+from dtrain.weights import Weights, digest, read_weights, tensor_bytes
 
 ChangeRole = Literal["method", "half", "bits", "whole", "drop", "same", "base_only"]
 
@@ -47,34 +47,57 @@ class Change:
 def pair(base: Weights, tuned: Weights, rules: Rules) -> list[Change]:
     """Pair the tensors of two models.
 
-    A tensor that is new, reshaped or of another kind of dtype in the fine-tuned model is `whole`. If the two models
-    have no name in common, but the names of one are those of the other behind a prefix (as in a Lightning checkpoint
-    of a wrapped model), the prefix is taken off and tensors without it are left out.
+    A tensor that is new, reshaped or of another kind of dtype in the fine-tuned model is `whole`. Where the names of
+    the base stand behind a prefix in the fine-tuned model (as in a Lightning checkpoint of a wrapped model, or in a
+    classifier around an encoder), the prefix is taken off; names without it stay as they are.
 
     Returns:
-        One change per tensor of either model, ascending by the UTF-8 bytes of the name.
+        One change per tensor of either model, ascending by the UTF-8 bytes of the name; new tensors that a rule drops
+        are left out.
 
     Raises:
         InputError: If no tensor of one can be paired with one of the other, or if nothing differs.
     """
     tuned = _without_prefix(base, tuned)
     changes = [
-        _change(known, base.get(known), tensor, rules)
+        change
         for name, tensor in tuned.tensors.items()
         for known in _known_names(base, tuned, name)
+        if (change := _change(known, base.get(known), tensor, rules)) is not None
     ]
     used = {base.aliases.get(name, name) for name in [*tuned.tensors, *tuned.aliases]}
     changes += [Change(name, "base_only", tensor, tensor) for name, tensor in base.tensors.items() if name not in used]
-    if all(change.role in ("same", "base_only") for change in changes):
-        raise InputError(
-            f"{tuned.origin} equals its base {base.origin}: there is no delta. Give the weights after fine-tuning."
-        )
-    if all(change.role in ("whole", "base_only") for change in changes):
+    _refuse_nothing(base, tuned, changes)
+    return sorted(changes, key=lambda change: change.name.encode())
+
+
+def _refuse_nothing(base: Weights, tuned: Weights, changes: Sequence[Change]) -> None:
+    if all(
+        change.role == "base_only" or (change.role == "whole" and not _fits(base.get(change.name), change.tuned))
+        for change in changes
+    ):
         raise InputError(
             f"no tensor of {tuned.origin} fits one of {base.origin} by name and shape "
             f"({next(iter(tuned.tensors))!r} and {next(iter(base.tensors))!r}, say). Give two checkpoints of one model."
         )
-    return sorted(changes, key=lambda change: change.name.encode())
+    kept = [change for change in changes if change.role not in ("same", "base_only")]
+    if all(change.role == "whole" and _is_base(base.get(change.name), change.tuned) for change in kept):
+        raise InputError(
+            f"{tuned.origin} equals its base {base.origin}: there is no delta. Give the weights after fine-tuning."
+        )
+    if all(change.role == "drop" for change in kept):
+        raise InputError("every tensor that changed is dropped by `drop`: nothing is left. Give narrower patterns.")
+
+
+def _fits(base: Tensor | None, tuned: Tensor) -> bool:
+    """Return whether a change could be added to the base's tensor."""
+    if base is None or base.shape != tuned.shape:
+        return False
+    return base.dtype == tuned.dtype or (base.dtype.is_floating_point and tuned.dtype.is_floating_point)
+
+
+def _is_base(base: Tensor | None, tuned: Tensor) -> bool:
+    return base is not None and base.shape == tuned.shape and base.dtype == tuned.dtype and _same_bits(base, tuned)
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
@@ -91,16 +114,11 @@ def fingerprint(named: Iterable[tuple[str, bytes]]) -> bytes:
     return sha.digest()
 
 
-def _change(name: str, base: Tensor | None, tuned: Tensor, rules: Rules) -> Change:
+def _change(name: str, base: Tensor | None, tuned: Tensor, rules: Rules) -> Change | None:
     role = rules.role(name, tuned.shape, tuned.dtype)
-    same_kind = (
-        base is not None
-        and base.shape == tuned.shape
-        and (base.dtype == tuned.dtype or (base.dtype.is_floating_point and tuned.dtype.is_floating_point))
-    )
-    if base is None or not same_kind:
-        return Change(name, "whole", None, tuned)
-    if role != "whole" and base.dtype == tuned.dtype and _same_bits(base, tuned):
+    if not _fits(base, tuned):
+        return None if role == "drop" else Change(name, "whole", None, tuned)
+    if role != "whole" and _is_base(base, tuned):
         return Change(name, "same", base, tuned)
     return Change(name, role, None if role == "whole" else base, tuned)
 
@@ -121,18 +139,24 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _without_prefix(base: Weights, tuned: Weights) -> Weights:
-    if any(base.get(name) is not None for name in tuned.tensors):
-        return tuned
+    """Rename the fine-tuned tensors by the prefix, if any, that pairs more of them than no prefix does."""
+    names = [*tuned.tensors, *tuned.aliases]
+    plain = sum(base.get(name) is not None for name in names)
     matches = Counter(
         name[: dot + 1]
-        for name in [*tuned.tensors, *tuned.aliases]
+        for name in names
         for dot, char in enumerate(name)
         if char == "." and base.get(name[dot + 1 :]) is not None
     ).most_common(2)
-    if not matches or (matches[0][1] == matches[-1][1] and len(matches) > 1):
+    if not matches or matches[0][1] <= plain or (len(matches) > 1 and matches[0][1] == matches[1][1]):
         return tuned
     prefix = matches[0][0]
-    cut = len(prefix)
-    tensors = {name[cut:]: tensor for name, tensor in tuned.tensors.items() if name.startswith(prefix)}
-    aliases = {a[cut:]: n[cut:] for a, n in tuned.aliases.items() if a.startswith(prefix) and n[cut:] in tensors}
-    return Weights(tensors, aliases, tuned.origin)
+    # By every name: the first name of a tied tensor may lie outside the prefix.
+    short = {name: name.removeprefix(prefix) for name in names}
+    if len(set(short.values())) != len(names):
+        raise InputError(
+            f"{tuned.origin} has names both with and without the prefix {prefix!r}, which {base.origin} does not have. "
+            "Take the prefix off yourself, and give a state dict."
+        )
+    renamed = read_weights({short[name]: tensor for name in names if (tensor := tuned.get(name)) is not None})
+    return replace(renamed, origin=tuned.origin)

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dtrain.artifact import Content, Record, Role
-from dtrain.stages import HALF, All, Pipeline
+from dtrain.stages import HALF, All, Payload
 
 _KINDS = {
     "method": "compressed by the method",
     "half": "full delta in half precision",
-    "whole": "new in the fine-tuned model (stored whole)",
+    "whole": "stored whole: new, or a head by its name",
     "bits": "bit for bit",
     "same": "unchanged",
     "drop": "left at the base by a rule",
@@ -132,13 +132,17 @@ def _kind(record: Record) -> str:
 
 
 def _row(kind: str, records: list[Record]) -> Row:
-    kept = sum(_kept(item.pipeline, item.data.numel(), math.prod(r.shape)) for r in records for item in r.payloads)
+    kept = sum(_kept(item, record) for record in records for item in record.payloads)
     elements = sum(math.prod(record.shape) for record in records)
     return Row(kind, len(records), elements, kept, sum(record.payload_bytes for record in records))
 
 
-def _kept(pipeline: Pipeline, size: int, numel: int) -> int:
-    """Return how many values a payload holds: exact for byte-sized values, rounded down to whole bytes below."""
-    if isinstance(pipeline.select, All):
+def _kept(payload: Payload, record: Record) -> int:
+    """Return how many values a payload holds."""
+    numel, bits = math.prod(record.shape), payload.pipeline.quantise.bits
+    if isinstance(payload.pipeline.select, All):
         return numel
-    return 8 * size // pipeline.quantise.bits
+    if bits % 8 == 0:
+        return 8 * payload.data.numel() // bits
+    # The last byte may be half full: only the mask knows.
+    return payload.pipeline.select.positions(record.name, numel).numel()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -17,7 +17,7 @@ Role = Literal["method", "half", "bits", "whole", "drop"]
 #: initialisation could not be put on another. A pre-trained `lm_head` is not in this list.
 HEADS = tuple(
     pattern
-    for name in ("head", "heads", "classifier", "classification_head", "score", "qa_outputs")
+    for name in ("head", "heads", "head_dist", "classifier", "classification_head", "score", "qa_outputs")
     for pattern in (f"{name}.*", f"*.{name}.*")
 ) + ("fc.*",)
 
@@ -67,6 +67,22 @@ class Rules:
         if is_matrix and matches(name, self.include) and not matches(name, self.exclude):
             return "method"
         return "half"
+
+    def check(self, names: Collection[str]) -> None:
+        """Refuse a pattern, other than a default one, that matches none of `names`: it is likely misspelt.
+
+        Raises:
+            InputError: If there is one.
+        """
+        default = Rules()
+        for field in ("include", "exclude", "whole", "drop"):
+            given = cast("Sequence[str]", getattr(self, field))
+            for pattern in given if given != getattr(default, field) else ():
+                if not any(matches(name, [pattern]) for name in names):
+                    raise InputError(
+                        f"`{field}` has the pattern {pattern!r}, which matches no tensor "
+                        f"({next(iter(names), None)!r} is one). Patterns match whole names: write '*' for any text."
+                    )
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

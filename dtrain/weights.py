@@ -89,7 +89,7 @@ def _collect(state: Mapping[str, object], origin: str) -> Weights:
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
     named = [(str(name).replace("_orig_mod.", ""), value) for name, value in state.items() if isinstance(value, Tensor)]
-    if any(not isinstance(name, str) for name, value in state.items() if isinstance(value, Tensor)):
+    if any(not isinstance(name, str) for name in cast("Iterable[object]", state)):
         raise InputError(f"{origin} holds tensors under names that are no text. Give a state dict.")
     for name, value in sorted(named, key=lambda item: item[0]):  # `_extra_state` and the like are no weights
         if name in tensors or name in aliases:
@@ -113,7 +113,7 @@ def _collect(state: Mapping[str, object], origin: str) -> Weights:
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
-    index = folder / _INDEX
+    index, names = folder / _INDEX, dict[str, str]()
     if index.exists():
         try:
             names = cast("dict[str, str]", json.loads(index.read_text())["weight_map"])
@@ -131,8 +131,11 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     for shard in sorted(shards):
         if not shard.exists():
             raise InputError(f"{folder} lacks the shard {shard.name} that its index names. Download the folder again.")
-        merged.update(_read_safetensors(shard))
-    if index.exists() and (missing := sorted(set(names) - set(merged))):
+        part = _read_safetensors(shard)
+        if twice := sorted(set(part) & set(merged)):
+            raise InputError(f"{folder} holds {twice[0]!r} in two files. Give one of them instead of the folder.")
+        merged.update(part)
+    if missing := sorted(set(names) - set(merged)):
         raise InputError(f"{folder} lacks {missing[0]!r}, which its index names. Download the folder again.")
     if not merged:
         raise InputError(f"{folder} holds no .safetensors file. Save the model with save_pretrained() or give a file.")

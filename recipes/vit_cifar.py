@@ -112,7 +112,9 @@ class RecipeCLI(LightningCLI):
     preset = "offline"
 
     def add_arguments_to_parser(self, parser: Any) -> None:
-        parser.add_argument("--preset", type=str, default=self.preset, help="auto, hub or offline")
+        parser.add_argument(
+            "--preset", type=str, default=self.preset, help="auto (what is there decides), hub or offline"
+        )
         parser.add_argument(
             "--method", type=dtrain.Method, default={"class_path": "dtrain.DareX", "init_args": {"keep": 0.01}}
         )
@@ -144,7 +146,7 @@ class RecipeCLI(LightningCLI):
 
 def main() -> None:
     RecipeCLI.preset, why = choose_preset(sys.argv[1:])
-    sys.stdout.write(f"preset: {RecipeCLI.preset} ({why})\n")
+    sys.stderr.write(f"preset: {RecipeCLI.preset} ({why})\n")  # standard output stays clean for --print_config
     cli = RecipeCLI(ViT, Images, run=False, save_config_kwargs={"overwrite": True}, seed_everything_default=0)
     if cli.config.evaluate is not None:
         weights = dtrain.read_weights(cli.config.evaluate)

@@ -362,7 +362,12 @@ USAGE = {
     "q is no q": (["compress", "a", "b", "c", "--method=DareX", "--method.q=x"], "--method.q cannot be 'x'"),
     "keep=0": (["compress", "a", "b", "c", "--method.keep", "0"], "`keep` must be in [2**-24, 1], got 0.0"),
     "keep=2": (["compress", "a", "b", "c", "--method.keep", "2"], "`keep` must be in [2**-24, 1], got 2.0"),
-    "needs data": (["compress", "a", "b", "c", "--method", "DareX"], "training inputs", "q='norm'", "--method."),
+    "needs data": (
+        ["compress", "a", "b", "c", "--method", "DareX"],
+        "training inputs",
+        "--method.q norm",
+        "dtrain.compress(",
+    ),
     "OUT is BASE": (["compress", "base.safetensors", "tuned.safetensors", "./base.safetensors"], "OUT and BASE"),
     "OUT is FINETUNED": (["compress", "base.safetensors", "tuned.safetensors", "tuned.safetensors"], "FINETUNED"),
     "OUT is DELTA": (["apply", "base.safetensors", "tuned.safetensors", "tuned.safetensors"], "OUT and DELTA"),

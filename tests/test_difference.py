@@ -95,7 +95,29 @@ def test_another_model_is_refused(tuned):
 def test_a_prefix_is_taken_off(prefix):
     tuned = {prefix + name: value for name, value in moved(model()).items()} | {"loss.weight": torch.ones(2)}
     delta = dtrain.compress(model(), tuned, Dare(keep=1))
-    assert delta.state_dict(model()).keys() == model().keys()
+    assert delta.report().whole == ("loss.weight",)
+    assert delta.state_dict(model()).keys() == model().keys() | {"loss.weight"}
+    without = dtrain.compress(model(), tuned, Dare(keep=1), rules=Rules(drop=["loss.*"]))
+    assert without.state_dict(model()).keys() == model().keys()
+
+
+def test_a_fresh_head_beside_the_prefix_is_kept_even_if_the_base_has_one():
+    base = model() | {"classifier.weight": torch.ones(2, 4)}
+    tuned = {f"bert.{name}": value for name, value in moved(model()).items()} | {"classifier.weight": torch.zeros(2, 4)}
+    found = roles(base, tuned)
+    assert found["classifier.weight"] == "whole"
+    assert "method" in found.values()
+
+
+def test_a_head_alone_does_not_make_a_delta():
+    base = {"body.weight": torch.ones(4, 4), "head.weight": torch.ones(2, 4)}
+    with pytest.raises(InputError, match="there is no delta"):
+        dtrain.compress(base, {name: tensor.clone() for name, tensor in base.items()}, Dare())
+
+
+def test_dropping_all_that_changed_is_refused():
+    with pytest.raises(InputError, match="nothing is left"):
+        dtrain.compress(model(), moved(model()), Dare(), rules=Rules(drop=["*"]))
 
 
 def test_a_prefix_is_found_whatever_the_names():
@@ -163,3 +185,11 @@ def test_whole_by_rule_and_missing_in_the_base_are_one_thing():
 def test_lossless_wants_one_dtype():
     with pytest.raises(InputError, match=r"'w' is torch.float32 in the base and torch.bfloat16"):
         dtrain.compress({"w": torch.zeros(2)}, {"w": torch.ones(2).bfloat16()}, Lossless())
+
+
+def test_prefix_keeps_a_tied_tensor_whose_first_name_lies_outside():
+    w, changed = torch.randn(4, 4), torch.randn(4, 4)
+    base = read_weights({"lm.weight": w, "lm.b": torch.zeros(4)})
+    tuned = read_weights({"a.weight": changed, "model.lm.weight": changed, "model.lm.b": torch.zeros(4)})
+    roles = {change.name: change.role for change in pair(base, tuned, Rules())}
+    assert roles == {"lm.weight": "method", "lm.b": "same"}

@@ -74,3 +74,10 @@ def test_rules_are_values():
     assert Rules(drop=["a"]) == Rules(drop=("a",))
     assert hash(Rules(drop=["a"])) == hash(Rules(drop=("a",)))
     assert Rules().whole == HEADS
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(InputError, match=r"`include` has the pattern 'nope\*', which matches no tensor"):
+        Rules(include=["nope*"]).check(["a.weight"])
+    Rules().check(["a.weight"])  # the default head names need not be there
+    Rules(drop=["a.*"]).check(["a.weight"])

@@ -27,7 +27,11 @@ def compress(base: str, finetuned: str, out: str, method: Method, **patterns: Se
         with _busy("compressing"):
             delta = make_delta(base, finetuned, method, rules=rules)
     except NeedsDataError as error:
-        raise UsageError(f"{error} On the command line, name='value' is --method.name value.") from error
+        name = type(method).__name__
+        raise UsageError(
+            f"{name} searches q on training inputs, which the command line has none of yet. Use --method.q norm or a "
+            f"number such as --method.q 0.05, or search in Python: dtrain.compress(..., objective=...)."
+        ) from error
     delta.save(out)
     report = delta.report()
     data = {"out": out, "fingerprint": _fingerprint(delta), **report.as_dict()}

@@ -101,6 +101,11 @@ class HiddenChange:
         try:
             with torch.no_grad(), HiddenCapture(self.module) as capture:
                 output = self._forward(self.module, batch)
+        except TypeError as error:
+            raise InputError(
+                f"the model cannot be called on a batch of type {type(batch).__name__} ({error}). Pass forward=, "
+                "a function of the model and the batch; batches of (inputs, labels) need one."
+            ) from error
         finally:
             for part, training in modes.items():
                 part.training = training

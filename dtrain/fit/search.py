@@ -17,7 +17,7 @@ from dtrain.progress import Advance, progress
 
 _GRID = 13  # points of the first grid: a factor of 1.47 apart at keep=0.01
 _REFINE = 5  # points of the second, between the neighbours of the best
-_GOLDEN = 12  # evaluations: the bracket shrinks to 1/200 of its length
+_GOLDEN = 12  # steps: the bracket shrinks to 1/123 of its length
 _LAYER_STEP = math.log(2) / 2  # one layer's q moves by a factor of 1.41 at a time
 
 
@@ -112,7 +112,7 @@ class _Evaluator:
 def _scan_grid(loss: Callable[[float], float], span: float) -> dict[float, float]:
     """Evaluate an even grid on [0, span], then a finer one between the neighbours of the best point."""
     step = span / (_GRID - 1)
-    seen = {x: loss(x) for x in (*(step * i for i in range(_GRID - 1)), span)}
+    seen = {x: loss(x) for x in dict.fromkeys((*(step * i for i in range(_GRID - 1)), span))}
     best = _best(seen)
     low, high = max(0.0, best - step), min(span, best + step)
     for i in range(1, _REFINE + 1):
@@ -126,7 +126,7 @@ def _scan_golden(loss: Callable[[float], float], span: float) -> dict[float, flo
     """Golden-section search on [0, span] (Kiefer 1953), which takes the loss to have one valley."""
     ratio = (math.sqrt(5) - 1) / 2
     low, high = 0.0, span
-    seen = {0.0: loss(0.0), span: loss(span)}
+    seen = {x: loss(x) for x in dict.fromkeys((0.0, span))}
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     for _ in range(_GOLDEN - 2):
         for x in (left, right):

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from dtrain.methods.method import Method
+from dtrain.methods.method import Method, check_type
 from dtrain.stages import Payload, Pipeline, encode, random_mask, value_format
 
 Mask = Literal["bernoulli", "stratified"]
@@ -31,6 +31,8 @@ class RandomDrop(Method):
     values: Values = "float16"
 
     def __post_init__(self) -> None:
+        check_type("keep", self.keep, float)
+        check_type("seed", self.seed, int)
         _ = self.pipeline  # every stage checks its own parameters, now rather than after hours of training
 
     @property
@@ -58,8 +60,9 @@ class Dare(RandomDrop):
       The stratified mask and the short value formats are ours.
     * **Data needed**: none.
     * **Bits per parameter**: nominal 16 * keep; on disk the same, since the mask is a seed.
-    * **When it fails**: below a keep rate of about 0.01, or on large deltas (continued pre-training), 1/keep blows up
-      the noise; use `DareX`.
+    * **When it fails**: the stratified mask is unbiased only where 1/keep (above one half: 1/(1-keep)) is an integer;
+      at keep=0.4 some positions are kept at 0.36. Below a keep rate of about 0.01, or on large deltas (continued
+      pre-training), 1/keep blows up the noise; use `DareX`.
 
     Args:
         keep: Share of the delta's elements that is kept, in [2**-24, 1].

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dtrain.errors import InputError
 from dtrain.methods.dare import RandomDrop
+from dtrain.methods.method import check_type
 from dtrain.stages import Payload, decode
 
 Search = Literal["grid", "golden"]
@@ -51,6 +52,9 @@ class DareX(RandomDrop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_type("masks", self.masks, int)
+        if not isinstance(self.q, str):
+            check_type("q", self.q, float)
         if isinstance(self.q, str) and self.q not in ("search", "norm"):
             raise InputError(f"`q` must be a number in (0, 1], 'search' or 'norm', got {self.q!r}.")
         if not isinstance(self.q, str) and not 0 < self.q <= 1:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from dtrain.errors import InputError
 from dtrain.stages import Payload
 
 
@@ -41,3 +42,15 @@ class Method(ABC):
     def describe(self) -> dict[str, Any]:
         """Return the name and parameters, JSON-serialisable, as they stand in the file."""
         return {"name": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+
+
+def check_type(name: str, value: object, kind: type[int] | type[float]) -> None:
+    """Refuse an argument that is no number of `kind`, before it costs hours of training.
+
+    Raises:
+        InputError: If `value` is a bool, a text, a numpy scalar or anything else that a file could not hold as it is.
+    """
+    allowed = (int, float) if kind is float else (int,)
+    if isinstance(value, bool) or type(value) not in allowed:
+        word = "a number" if kind is float else "an integer"
+        raise InputError(f"`{name}` must be {word}, got {value!r}. Convert it with {kind.__name__}(...).")

@@ -57,5 +57,6 @@ def _refuse(origin: object, weights: Weights, what: str, names: Sequence[str]) -
         listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise BaseMismatchError(
             f"{origin}: {weights.origin} is not the base the delta was made from: it {what} {listed}. "
-            "Give the model exactly as it was before fine-tuning."
+            "Give the model exactly as it was before fine-tuning. A tensor that is fresh in every model, as a "
+            "new head is, must be named in `whole` when the delta is made."
         )

@@ -40,6 +40,7 @@ def apply_in_place(content: Content, module: nn.Module, origin: object) -> None:
         BaseMismatchError: If its weights are not the base.
         ArtifactError: If a payload does not fit.
     """
+    module = _uncompiled(module)
     if module in _APPLIED:
         raise AppliedStateError("the module carries a delta already. Take it off with remove_() first.")
     weights = read_weights(module)
@@ -74,6 +75,7 @@ def remove_in_place(content: Content, module: nn.Module) -> None:
     Raises:
         AppliedStateError: If this delta is not applied to the module, or if the touched weights changed since.
     """
+    module = _uncompiled(module)
     applied = _APPLIED.get(module)
     if applied is None or applied[0] is not content:
         raise AppliedStateError("this delta is not applied to the module. Call apply_() first, on this very object.")
@@ -86,6 +88,11 @@ def remove_in_place(content: Content, module: nn.Module) -> None:
     for undo in applied[1]:
         _write(tensors[undo.name], undo.before)
     del _APPLIED[module]
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module inside the wrapper of `torch.compile`: both are one model."""
+    return getattr(module, "_orig_mod", module)
 
 
 def _refuse_lost_ties(records: Sequence[Record], aliases: dict[str, str], origin: object) -> None:

@@ -2,8 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HfHubHTTPError
 
@@ -12,11 +14,15 @@ def choose_preset(argv: Sequence[str]) -> tuple[str, str]:
     """Return (preset, reason) for a command line.
 
     Args:
-        argv: The arguments; only `--preset auto|hub|offline` is looked at, the rest belongs to the recipe's own parser.
+        argv: The arguments; only `--preset auto|hub|offline` and a `preset:` in a `--config` file are looked at,
+            the rest belongs to the recipe's own parser.
     """
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--preset", choices=("auto", "hub", "offline"), default="auto")
-    asked = parser.parse_known_args(argv)[0].preset
+    parser.add_argument("--config", action="append", default=[])
+    parser.add_argument("--preset", choices=("auto", "hub", "offline"))
+    given = parser.parse_known_args(argv)[0]
+    written = [yaml.safe_load(Path(path).read_text()) or {} for path in given.config if Path(path).is_file()]
+    asked = given.preset or next((config["preset"] for config in reversed(written) if "preset" in config), "auto")
     if asked != "auto":
         return asked, "as asked"
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):

@@ -1023,7 +1023,3 @@ def test_the_other_lightning(tmp_path):
     trainer = other.Trainer(default_root_dir=tmp_path, callbacks=[callback], max_epochs=2, **options)
     trainer.fit(Module(), train_loader(), val_loader())
     assert callback.outcome.scores["finetuned"]["val_loss"] == float(trainer.callback_metrics["val_loss"])
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__]))

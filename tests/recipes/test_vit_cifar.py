@@ -58,7 +58,9 @@ def recipe(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         monkeypatch.syspath_prepend(str(ROOT / "recipes"))
         capsys.readouterr()
         runpy.run_path(str(ROOT / "recipes" / "vit_cifar.py"), run_name="__main__")
-        return capsys.readouterr().out
+        printed = capsys.readouterr()
+        assert printed.err.startswith("preset: offline (as asked)")
+        return printed.out
 
     return run
 
@@ -69,7 +71,6 @@ def score(output: str) -> float:
 
 def test_the_file_gives_the_same_accuracy_in_a_new_process(recipe, folders, tmp_path):
     printed = recipe()
-    assert printed.startswith("preset: offline (as asked)")
     compressed = float(re.search(r"val_acc[^\n]*│\s*([\d.]+)\s*│[^│\n]*│\s*$", printed, re.MULTILINE)[1])
     delta = tmp_path / "runs/vit_cifar/delta.safetensors"
     assert (tmp_path / "runs/vit_cifar/accuracy_against_bytes.png").stat().st_size > 10_000

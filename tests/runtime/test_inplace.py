@@ -11,7 +11,7 @@ from torch import nn
 import dtrain
 from dtrain import AppliedStateError, BaseMismatchError, Dare, Lossless
 from dtrain.runtime import inplace
-from tests.methods.settings import RULES, compress_zoo, module_of, raw, same_bits, zoo
+from tests.methods.settings import compress_zoo, module_of, raw, same_bits, zoo
 
 methods = pytest.mark.parametrize("method", [Dare(keep=0.3), Dare(keep=1), Lossless()], ids=repr)
 
@@ -170,7 +170,7 @@ def test_a_module_can_be_used_and_forgotten():
     tuned = copy.deepcopy(model)
     tuned(torch.randn(8, 4)).sum().backward()
     torch.optim.SGD(tuned.parameters(), lr=0.1).step()
-    delta = dtrain.compress(model, tuned, Lossless(), rules=RULES)
+    delta = dtrain.compress(model, tuned, Lossless())
     delta.apply_(model)
     inputs = torch.randn(5, 4)
     assert torch.equal(model.eval()(inputs), tuned.eval()(inputs))
