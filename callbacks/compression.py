@@ -49,7 +49,7 @@ class DeltaCompressionCallback(pl.Callback):
 
     Note:
         Scales are fitted on training inputs. Define `calibration_dataloader()` on the LightningModule or the data
-        module to give them without augmentation, or held out; else the training data set is read in order, as it is.
+        module to give them without augmentation, or held out; else the training data set is used as it is.
 
     Note:
         Afterwards `callback.delta` is the delta and `callback.outcome` what it costs; not with `ddp_spawn`, whose

@@ -113,7 +113,7 @@ def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> An
     if (make := _own_calibration(trainer, pl_module)) is not None:
         return make()
     rank_zero_info(
-        "DeltaCompressionCallback fits q on the training data set as it is, with whatever augmentation its transforms do. "
+        "DeltaCompressionCallback fits q on the training data set as it is, with the augmentation its transforms do. "
         "Define calibration_dataloader() on the LightningModule or the data module to choose other inputs."
     )
     typed = cast("DataLoader[Any]", trainer.train_dataloader)
@@ -125,8 +125,13 @@ def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> An
         if batched
         else None
     )
-    order = torch.randperm(len(cast("Sized", typed.dataset)), generator=torch.Generator().manual_seed(0)).tolist()
-    return DataLoader(Subset(typed.dataset, order), batch_size=size, shuffle=False, collate_fn=typed.collate_fn)
+    order = torch.randperm(len(cast("Sized", typed.dataset)), generator=torch.Generator().manual_seed(0))
+    return DataLoader(
+        Subset(typed.dataset, cast("list[int]", order.tolist())),
+        batch_size=size,
+        shuffle=False,
+        collate_fn=typed.collate_fn,
+    )
 
 
 def goal(trainer: pl.Trainer, monitor: str | None, mode: Mode | None) -> tuple[str | None, Mode]:

@@ -313,7 +313,11 @@ class TestFit:
         fresh = Classifier()
         callback.delta.apply_(fresh)
         trainer = make_trainer(tmp_path, limit_val_batches=2)
-        found = trainer.validate(fresh, train_loader(), verbose=False)[0]["val_loss"]
+        order = torch.randperm(
+            len(dataset()), generator=torch.Generator().manual_seed(0)
+        ).tolist()  # shuffled, but fixed
+        loader = torch.utils.data.DataLoader(torch.utils.data.Subset(dataset(), order), train_loader().batch_size)
+        found = trainer.validate(fresh, loader, verbose=False)[0]["val_loss"]
         assert found == pytest.approx(callback.delta.content.metadata["fit"]["loss"], rel=1e-6)
 
     def test_own_inputs_of_the_module(self, tmp_path):
