@@ -62,7 +62,6 @@ def compress(
         )
     rules = rules or Rules()
     changes = pair(read_weights(base), read_weights(finetuned), rules)
-    rules.check([change.name for change in changes])
     if method.bitwise:
         changes = [replace(c, role="bits") if c.role in ("method", "half") else c for c in changes]
     payloads = {change.name: _encode(change, method) for change in changes}

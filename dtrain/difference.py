@@ -56,9 +56,11 @@ def pair(base: Weights, tuned: Weights, rules: Rules) -> list[Change]:
         are left out.
 
     Raises:
-        InputError: If no tensor of one can be paired with one of the other, or if nothing differs.
+        InputError: If no tensor of one can be paired with one of the other, if nothing differs, or if a pattern of the
+            rules matches nothing.
     """
     tuned = _without_prefix(base, tuned)
+    rules.check({*tuned.tensors, *base.tensors})
     changes = [
         change
         for name, tensor in tuned.tensors.items()

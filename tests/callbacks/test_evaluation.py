@@ -270,9 +270,12 @@ class TestCalibration:
         return calibration_loader(trainer, owners.get("module", nn.Module()))
 
     @pytest.mark.parametrize("options", [{"shuffle": True}, {"num_workers": 1}, {"drop_last": True}])
-    def test_training_data_in_order(self, options):
+    def test_all_training_data_shuffled_once(self, options):
         loader = self.loader(train_loader(**options))
-        assert torch.equal(torch.cat([x for x, _ in loader]), dataset().tensors[0])
+        seen = torch.cat([x for x, _ in loader])
+        assert torch.equal(seen, torch.cat([x for x, _ in self.loader(train_loader(**options))]))
+        assert not torch.equal(seen, dataset().tensors[0])  # a data set may be sorted by class
+        assert torch.equal(seen.sort(0).values, dataset().tensors[0].sort(0).values)
         assert loader.batch_size == 16
 
     def test_own_batches(self):
