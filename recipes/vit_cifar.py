@@ -44,6 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model.pretrained": "vit_base_patch16_224.augreg2_in21k_ft_in1k",  # the full tag: timm's default may move
         "model.lr": 3e-5,
         "trainer.max_steps": 2000,
+        "method": {"class_path": "dtrain.DareX", "init_args": {"keep": 0.01}},
         "trainer.precision": "bf16-mixed",
     },
     "offline": {
@@ -52,6 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model.pretrained": "digits",
         "model.lr": 1e-3,
         "trainer.max_steps": 400,
+        "method": {"class_path": "dtrain.DareX", "init_args": {"keep": 0.1}},  # a small model has little to spare
     },
 }
 KEEPS = (0.3, 0.1, 0.03, 0.01, 0.003)  # points of the picture
