@@ -85,6 +85,7 @@ class _Watch(pl.Callback):
 
     @override
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        """Called when a validation batch ends: keep its hidden state."""
         if self._capture.last is not None:
             self.seen.append(self._capture.last.float())
         self._capture.last = None

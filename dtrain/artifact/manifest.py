@@ -65,6 +65,7 @@ def unpack_manifest(manifest: bytes, payload: Tensor) -> tuple[tuple[Record, ...
     offset = name_bytes = 0
 
     def read_record() -> Record:
+        """Read one record and take its payloads from where the one before ended."""
         nonlocal offset, name_bytes
         name = restore(NameCode(cursor.varint(), cursor.varint(), cursor.varint(), cursor.take(cursor.varint())), names)
         if names and name <= names[-1]:
@@ -168,18 +169,22 @@ class _Cursor:
 
     @property
     def left(self) -> int:
+        """Bytes not read yet."""
         return len(self._data) - self._at
 
     def take(self, size: int) -> bytes:
+        """Read `size` bytes."""
         if size > self.left:
             raise ValueError(f"the manifest ends after {self.left} of {size} bytes")
         self._at += size
         return self._data[self._at - size : self._at]
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
+        """Read the fields of a `struct` layout."""
         return struct.unpack(layout, self.take(struct.calcsize(layout)))
 
     def varint(self) -> int:
+        """Read one number in its shortest spelling."""
         value = 0
         for shift in range(0, 63, 7):
             byte = self.take(1)[0]
@@ -191,12 +196,14 @@ class _Cursor:
         raise ValueError("a number is longer than 63 bits")
 
     def sequence(self, read: Callable[[], _T], limit: int | None = None) -> list[_T]:
+        """Read a count and as many items."""
         count = self.varint()
         if count > min(self.left, limit or count):  # every item takes a byte at least: no allocation beyond the file
             raise ValueError(f"a list of {count} items does not fit the {self.left} bytes left")
         return [read() for _ in range(count)]
 
     def choose(self, options: list[_T]) -> _T:
+        """Read a number that points into `options`."""
         index = self.varint()
         if index >= len(options):
             raise ValueError(f"item {index} of a list of {len(options)} is referred to")
