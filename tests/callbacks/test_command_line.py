@@ -1,0 +1,114 @@
+"""DeltaCompressionCallback from the command line."""
+
+from __future__ import annotations
+
+import sys
+
+import lightning.pytorch as pl
+import pytest
+
+import dtrain
+from dtrain.callbacks import DeltaCompressionCallback
+from tests.callbacks.models import (
+    Classifier,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI uses what jsonargparse is to drop
+class TestCommandLine:
+    @pytest.fixture(autouse=True)
+    def _no_arguments_of_pytest(self, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def cli(self, *arguments):
+        from lightning.pytorch.cli import LightningCLI
+
+        class Data(pl.LightningDataModule):
+            pass
+
+        given = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+        return LightningCLI(
+            Classifier, Data, run=False, args=[*given, *arguments], save_config_callback=None, seed_everything_default=0
+        )
+
+    NAME = "--trainer.callbacks+=dtrain.callbacks.DeltaCompressionCallback"
+    EVERYTHING = (
+        "--trainer.callbacks.method=dtrain.DareX",
+        "--trainer.callbacks.method.keep=0.05",
+        "--trainer.callbacks.method.q=norm",
+        "--trainer.callbacks.path=out.safetensors",
+        "--trainer.callbacks.monitor=val_acc",
+        "--trainer.callbacks.mode=min",
+        "--trainer.callbacks.source=best",
+        "--trainer.callbacks.module=model",
+        "--trainer.callbacks.base=base.ckpt",
+        "--trainer.callbacks.fit_on=metric",
+        "--trainer.callbacks.calibration_batches=3",
+        "--trainer.callbacks.include=[a.*]",
+        "--trainer.callbacks.exclude=[b.*,c]",
+        "--trainer.callbacks.whole=[]",
+        "--trainer.callbacks.drop=[d]",
+    )
+
+    def callback(self, trainer):
+        return next(callback for callback in trainer.callbacks if isinstance(callback, DeltaCompressionCallback))
+
+    def test_no_argument(self):
+        callback = self.callback(self.cli(self.NAME).trainer)
+        assert callback.method == dtrain.DareX()
+
+    def test_every_argument(self):
+        callback = self.callback(self.cli(self.NAME, *self.EVERYTHING).trainer)
+        self.check(callback)
+
+    def check(self, callback):
+        assert callback.method == dtrain.DareX(keep=0.05, q="norm")
+        assert (str(callback.path), callback.monitor, callback.mode) == ("out.safetensors", "val_acc", "min")
+        assert (callback.source, callback.module, callback.fit_on) == ("best", "model", "metric")
+        assert callback.calibration_batches == 3
+        assert callback.rules == dtrain.Rules(include=["a.*"], exclude=["b.*", "c"], whole=[], drop=["d"])
+
+    def test_print_config_round_trip(self, capsys, tmp_path):
+        with pytest.raises(SystemExit):
+            self.cli(self.NAME, *self.EVERYTHING, "--print_config")
+        (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+        self.check(self.callback(self.cli(f"--config={tmp_path / 'config.yaml'}").trainer))
+
+    @pytest.mark.parametrize(
+        ("argument", "message"),
+        [
+            ("source=first", "'last', 'best'"),
+            ("mode=up", "'max', 'min'"),
+            ("method.mask=dense", "'bernoulli', 'stratified'"),
+        ],
+    )
+    def test_bad_literal(self, capsys, argument, message):
+        method = ["--trainer.callbacks.method=dtrain.DareX"] if "method" in argument else []
+        with pytest.raises(SystemExit):
+            self.cli(self.NAME, *method, f"--trainer.callbacks.{argument}")
+        assert message in capsys.readouterr().err
+
+    def test_flags_of_their_own(self):
+        from lightning.pytorch.cli import LightningArgumentParser
+
+        parser = LightningArgumentParser()
+        parser.add_lightning_class_args(DeltaCompressionCallback, "compress")
+        given = [argument.replace("trainer.callbacks", "compress") for argument in self.EVERYTHING]
+        config = parser.parse_args(given)
+        again = parser.parse_string(parser.dump(config))
+        self.check(parser.instantiate(again).compress)
+
+    def test_help(self, capsys):
+        from lightning.pytorch.cli import LightningArgumentParser
+
+        parser = LightningArgumentParser()
+        parser.add_lightning_class_args(DeltaCompressionCallback, "compress")
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--help"])
+        assert "Number of training batches for the fit" in capsys.readouterr().out
