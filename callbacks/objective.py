@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from dtrain.callbacks.evaluation import mean_over_ranks, validate
 from dtrain.errors import InputError
-from dtrain.fit import HiddenCapture
+from dtrain.fit import HiddenCapture, mean_change
 
 Mode = Literal["max", "min"]
 
@@ -56,9 +56,7 @@ class ValidationObjective:
         if self._monitor is not None:
             return self._sign * pick(self._run(None), self._monitor)
         hidden = self._hidden()
-        total = sum(float((h - t).abs().double().sum()) for h, t in zip(hidden, self._target, strict=True))
-        change = total / max(1, sum(t.numel() for t in self._target))
-        return mean_over_ranks(self._trainer, {"change": change})["change"]
+        return mean_over_ranks(self._trainer, {"change": mean_change(hidden, self._target)})["change"]
 
     def _hidden(self) -> list[Tensor]:
         # Compiled code was traced without the hooks that capture the hidden state.

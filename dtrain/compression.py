@@ -80,12 +80,11 @@ def compress(
 def _encode(change: Change, method: Method) -> tuple[Payload, ...]:
     match change.role:
         case "method":
+            delta = _finite(change.name, change.delta())
             try:
-                return method.encode(change.name, _finite(change.name, change.delta()))
+                return method.encode(change.name, delta)
             except InputError as error:
-                raise (
-                    error if repr(change.name) in str(error) else InputError(f"tensor {change.name!r}: {error}")
-                ) from error
+                raise InputError(f"tensor {change.name!r}: {error}") from error
         case "half":
             return (encode(HALF, change.name, _finite(change.name, change.delta())),)
         case "bits":

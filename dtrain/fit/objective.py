@@ -90,10 +90,7 @@ class HiddenChange:
             raise InputError(
                 "HiddenChange has nothing to compare with. Call remember() with the fine-tuned weights first."
             )
-        total = sum(
-            float((self._hidden(b) - t).abs().double().sum()) for b, t in zip(self._batches, self._target, strict=True)
-        )
-        return total / sum(t.numel() for t in self._target)
+        return mean_change((self._hidden(batch) for batch in self._batches), self._target)
 
     def _hidden(self, batch: Any) -> Tensor:
         modes = {part: part.training for part in self.module.modules()}
@@ -113,6 +110,12 @@ class HiddenChange:
         if not isinstance(hidden, Tensor):
             raise InputError(f"the model returns {type(hidden).__name__} and runs no linear layer. Pass forward=.")
         return hidden.float()
+
+
+def mean_change(hidden: Iterable[Tensor], target: Sequence[Tensor]) -> float:
+    """Return the mean of |h - t| over all elements of all batches."""
+    total = sum(float((h - t).abs().double().sum()) for h, t in zip(hidden, target, strict=True))
+    return total / max(1, sum(t.numel() for t in target))
 
 
 class HiddenCapture:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.errors import InputError
-from dtrain.runtime import add
+from dtrain.runtime import add, write
 from dtrain.stages import Decoded, Payload, decode
 from dtrain.weights import read_weights
 
@@ -80,15 +80,5 @@ class Trial:
     def rescale(self, candidates: Mapping[str, Candidate], factors: Mapping[str, float]) -> None:
         """Put W0 + factor * scale * decoded in place, by the very arithmetic that `Delta.apply_` uses."""
         for name, item in candidates.items():
-            positions, values = add(
-                item.base, item.decoded, [factors[name] * scale for scale in item.scales], item.dtype
-            )
-            target = self._tensors[name]
-            if positions is None:
-                target.copy_(values.view(target.shape))
-            elif target.is_contiguous():
-                target.view(-1)[positions] = values.to(target)
-            else:
-                whole = target.reshape(-1)
-                whole[positions] = values.to(target)
-                target.copy_(whole.view(target.shape))
+            scales = [factors[name] * scale for scale in item.scales]
+            write(self._tensors[name], add(item.base, item.decoded, scales, item.dtype))

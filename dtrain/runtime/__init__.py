@@ -2,6 +2,6 @@
 
 from dtrain.runtime.base import check_base, find_tensors
 from dtrain.runtime.inplace import apply_in_place, remove_in_place
-from dtrain.runtime.merge import add, merged, patch
+from dtrain.runtime.merge import add, merged, patch, write
 
-__all__ = ["add", "apply_in_place", "check_base", "find_tensors", "merged", "patch", "remove_in_place"]
+__all__ = ["add", "apply_in_place", "check_base", "find_tensors", "merged", "patch", "remove_in_place", "write"]

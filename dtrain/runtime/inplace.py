@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dtrain.artifact import Content, Record
 from dtrain.errors import AppliedStateError, BaseMismatchError
 from dtrain.runtime.base import check_base, find_tensors
-from dtrain.runtime.merge import Patch, patch
+from dtrain.runtime.merge import Patch, patch, write
 from dtrain.stages.bits import as_buffer
 from dtrain.weights import read_weights, tensor_bytes
 
@@ -58,13 +58,13 @@ def apply_in_place(content: Content, module: nn.Module, origin: object) -> None:
         for name, change in patches:
             # The old values are noted before the write, so that an interrupt between the two loses nothing.
             done.append((name, _read(tensors[name], change.positions)))
-            _write(tensors[name], change)
+            write(tensors[name], change)
         undo = [Undo(name, before, _touched(tensors[name], before.positions)) for name, before in done]
         _APPLIED[module] = (content, undo)
     except BaseException:
         _APPLIED.pop(module, None)
         for name, before in done:
-            _write(tensors[name], before)
+            write(tensors[name], before)
         raise
 
 
@@ -86,7 +86,7 @@ def remove_in_place(content: Content, module: nn.Module) -> None:
                 f"{undo.name!r} changed since the delta was applied, so the base cannot be restored. Load it again."
             )
     for undo in applied[1]:
-        _write(tensors[undo.name], undo.before)
+        write(tensors[undo.name], undo.before)
     del _APPLIED[module]
 
 
@@ -108,16 +108,6 @@ def _refuse_lost_ties(records: Sequence[Record], aliases: dict[str, str], origin
 def _read(tensor: Tensor, positions: Tensor | None) -> Patch:
     flat = tensor.reshape(-1)
     return Patch(positions, flat.clone() if positions is None else flat[positions])
-
-
-def _write(tensor: Tensor, change: Patch) -> None:
-    flat = tensor.reshape(-1)  # a view, or a copy where the memory is not contiguous
-    if change.positions is None:
-        flat.copy_(change.values)
-    else:
-        flat[change.positions.to(flat.device)] = change.values.to(flat)
-    if not tensor.is_contiguous():
-        tensor.copy_(flat.view(tensor.shape))
 
 
 def _touched(tensor: Tensor, positions: Tensor | None) -> bytes:

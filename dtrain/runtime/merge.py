@@ -68,6 +68,17 @@ def add(base: Tensor, decoded: Sequence[Decoded], scales: Sequence[float], dtype
     return Patch(None, total.to(dtype))
 
 
+def write(tensor: Tensor, change: Patch) -> None:
+    """Put a patch into `tensor`, in place."""
+    flat = tensor.reshape(-1)  # a view, or a copy where the memory is not contiguous
+    if change.positions is None:
+        flat.copy_(change.values)
+    else:
+        flat[change.positions.to(flat.device)] = change.values.to(flat)
+    if not tensor.is_contiguous():
+        tensor.copy_(flat.view(tensor.shape))
+
+
 def merged(record: Record, base: Tensor | None, origin: object = "delta") -> Tensor:
     """Return the fine-tuned tensor that a record describes, in its dtype; it never shares memory with the base."""
     change = patch(record, base, origin)

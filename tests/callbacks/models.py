@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -15,6 +16,13 @@ import dtrain
 from dtrain.callbacks import DeltaCompressionCallback
 
 DARE = dtrain.Dare(keep=0.5)  # needs no data
+#: What Lightning says of every short run, and what is no concern of these tests.
+QUIET = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+]
+
 SEARCH = dtrain.DareX(keep=0.5, masks=1, search="golden")
 CLASSES = 3
 FEATURES = 12

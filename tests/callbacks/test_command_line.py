@@ -10,14 +10,11 @@ import pytest
 import dtrain
 from dtrain.callbacks import DeltaCompressionCallback
 from tests.callbacks.models import (
+    QUIET,
     Classifier,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty.*"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-]
+pytestmark = QUIET
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI uses what jsonargparse is to drop

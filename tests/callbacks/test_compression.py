@@ -17,6 +17,7 @@ from dtrain.callbacks import DeltaCompressionCallback
 from dtrain.errors import InputError
 from tests.callbacks.models import (
     DARE,
+    QUIET,
     SEARCH,
     Classifier,
     Memory,
@@ -30,11 +31,7 @@ from tests.callbacks.models import (
     val_loader,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty.*"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-]
+pytestmark = QUIET
 
 
 class TestZeroArguments:

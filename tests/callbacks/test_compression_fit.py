@@ -13,6 +13,7 @@ from dtrain.errors import InputError
 from tests.callbacks.models import (
     CLASSES,
     FEATURES,
+    QUIET,
     SEARCH,
     Classifier,
     Net,
@@ -27,11 +28,7 @@ from tests.callbacks.models import (
     val_loader,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty.*"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-]
+pytestmark = QUIET
 
 
 class TestFit:

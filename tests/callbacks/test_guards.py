@@ -16,6 +16,7 @@ from torch import nn
 from dtrain.callbacks import DeltaCompressionCallback
 from dtrain.errors import DtrainError, InputError
 from tests.callbacks.models import (
+    QUIET,
     SEARCH,
     Classifier,
     Crash,
@@ -28,11 +29,7 @@ from tests.callbacks.models import (
     val_loader,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty.*"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-]
+pytestmark = QUIET
 
 
 class TestGuards:

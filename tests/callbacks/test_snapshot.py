@@ -15,12 +15,21 @@ import dtrain
 from dtrain.callbacks import AdamRCallback, DeltaCompressionCallback
 from dtrain.callbacks.base import CHECKPOINT_KEY
 from dtrain.errors import BaseMismatchError, InputError
-from tests.callbacks.models import Classifier, Crash, Net, fit, make_trainer, same, state, train_loader, val_loader
+from tests.callbacks.models import (
+    QUIET,
+    Classifier,
+    Crash,
+    Net,
+    fit,
+    make_trainer,
+    same,
+    state,
+    train_loader,
+    val_loader,
+)
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty.*"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    *QUIET,
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]

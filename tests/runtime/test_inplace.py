@@ -107,7 +107,7 @@ class Broken(Exception):
 @pytest.mark.parametrize("after", [False, True], ids=["before the write", "after the write"])
 def test_a_failing_write_restores_everything(monkeypatch, method, number, after):
     delta, module, before = live(method)
-    write, calls = inplace._write, []
+    write, calls = inplace.write, []
 
     def failing(*arguments):
         calls.append(arguments)
@@ -117,7 +117,7 @@ def test_a_failing_write_restores_everything(monkeypatch, method, number, after)
             raise Broken
 
     with monkeypatch.context() as patch:
-        patch.setattr(inplace, "_write", failing)
+        patch.setattr(inplace, "write", failing)
         with pytest.raises(Broken):
             delta.apply_(module)
     assert same_bits(snapshot(module), before)
