@@ -21,15 +21,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import dtrain
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+from bench.tasks import CIFAR_CLASSES, accuracy, fine_tune_images, plain_images, snapshot, vision_model
 from parts.images import Images
-from parts.vision_models import load_vit
 
-CLASSES = (1, 3, 5, 7, 9)
 KEEP = 0.01
 
 
@@ -41,34 +37,6 @@ def optimizer_for(model: nn.Module, strength: float, lr: float) -> dtrain.AdamR:
     return dtrain.AdamR([{"params": pulled, "strength": strength}, {"params": free, "strength": 0.0}], lr, strength=0.0)
 
 
-def fine_tune(model: nn.Module, data: Images, strength: float, steps: int, lr: float, seed: int) -> None:
-    torch.manual_seed(seed)
-    model.train()
-    optimizer = optimizer_for(model, strength, lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    loader, step = data.train_dataloader(), 0
-    while step < steps:
-        loader.sampler.set_epoch(step)
-        for batch in loader:
-            images, labels = data.augmented(data.normalise(batch))
-            loss = cross_entropy(model(images), labels, label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
-            if step == steps:
-                break
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Images, limit: int) -> float:
-    model.eval()
-    images, labels = (part[:limit] for part in data.split("val"))
-    pairs = zip(images.split(256), labels.split(256), strict=True)
-    return sum(int((model(data.normalise(p)[0]).argmax(-1) == p[1]).sum()) for p in pairs) / len(labels)
-
-
 def delta_norm(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> float:
     rules = dtrain.Rules()
     names = [name for name in base if rules.role(name, base[name].shape, base[name].dtype) == "method"]
@@ -77,24 +45,24 @@ def delta_norm(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> float:
 
 
 def cell(arguments: argparse.Namespace, seed: int, strength: float) -> dict[str, float]:
-    data = Images(arguments.data, classes=CLASSES, calibration=256, seed=seed)
-    torch.manual_seed(seed)
-    model = load_vit(arguments.model, len(CLASSES))
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    data = Images(arguments.data, classes=CIFAR_CLASSES, calibration=256, seed=seed)
+    val = list(plain_images(data, "val", arguments.images))
+    model = vision_model(arguments.model, seed)
+    base = snapshot(model)
     start = time.perf_counter()
-    fine_tune(model, data, strength, arguments.steps, arguments.lr, seed)
+    fine_tune_images(model, optimizer_for(model, strength, arguments.lr), data, arguments.steps, seed)
     seconds = time.perf_counter() - start
-    tuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tuned = snapshot(model)
     found = {
         "delta_norm": delta_norm(base, tuned),
-        "finetuned": accuracy(model, data, arguments.images),
+        "finetuned": accuracy(model, val),
         "seconds": seconds,
     }
     objective = dtrain.HiddenChange(model, [data.normalise(data.split("calibration"))[0]])
     for method in (dtrain.DareX(keep=KEEP), dtrain.Dare(keep=KEEP)):
         delta = dtrain.compress(base, tuned, method, objective=objective)
         model.load_state_dict(delta.state_dict(base))
-        found[type(method).__name__] = accuracy(model, data, arguments.images)
+        found[type(method).__name__] = accuracy(model, val)
         found["bytes"] = delta.file_bytes()
         model.load_state_dict(tuned)
     return found

@@ -15,12 +15,22 @@ from dtrain.callbacks.base import Base
 from dtrain.callbacks.checks import check_callbacks, check_choices, check_path, check_validation_step
 from dtrain.callbacks.evaluation import has_validation, validate
 from dtrain.callbacks.live import kept, load_weights, part_of, same_on_all_ranks, submodule, without_counters
-from dtrain.callbacks.objective import Mode, ValidationObjective, check_calibration, goal, missing_metric, pick
+from dtrain.callbacks.objective import (
+    Mode,
+    ValidationObjective,
+    check_calibration,
+    check_one_process,
+    goal,
+    missing_metric,
+    pick,
+    validation_calibration,
+)
 from dtrain.callbacks.outcome import Outcome, conclude, run_folder
 from dtrain.callbacks.strategies import refuse_sharded
 from dtrain.compression import compress
 from dtrain.delta import Delta
 from dtrain.errors import InputError
+from dtrain.fit import Calibration
 from dtrain.methods import DareX, Method
 from dtrain.rules import HEADS, Rules
 from dtrain.weights import Weights, read_weights
@@ -68,7 +78,7 @@ class DeltaCompressionCallback(pl.Callback):
             None takes a snapshot when training begins.
         fit_on: What q is searched on: "hidden" keeps the last hidden state (q_e, no labels), "metric" keeps the
             monitored metric (q_v) on training batches.
-        calibration_batches: Number of training batches for the fit.
+        calibration_batches: Number of training batches for the fit, or to look at the inputs of layers on.
         include: Patterns of tensors the method may compress.
         exclude: Patterns of tensors it must leave alone; their delta is kept in half precision.
         whole: Patterns of tensors that are fresh in the fine-tuned model and stored as they are.
@@ -148,8 +158,10 @@ class DeltaCompressionCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training begins: the weights are those before the first step, unless the run is resumed."""
-        if self._needs_objective:
+        if self.method.needs != "nothing":
             check_calibration(trainer, pl_module)
+        if self._needs_inputs:
+            check_one_process(trainer, self.method)
         if not _is_trial(trainer):
             self._base.take(trainer, submodule(pl_module, self.module))
 
@@ -182,9 +194,14 @@ class DeltaCompressionCallback(pl.Callback):
         with kept(target) as live:
             base = self.read_base(trainer)
             tuned = self._read_tuned(trainer, target, live, base)
-            objective = self._objective(trainer, pl_module, target)
             self.delta = compress(
-                base, tuned, self.method, objective=objective, rules=self.rules, training=_provenance(trainer)
+                base,
+                tuned,
+                self.method,
+                objective=self._objective(trainer, pl_module, target),
+                calibration=self._calibration(trainer, pl_module, target),
+                rules=self.rules,
+                training=_provenance(trainer),
             )
             path = self._write(trainer, self.delta)
             scores = self._measure(trainer, pl_module, target, base, tuned, self.delta)
@@ -213,6 +230,10 @@ class DeltaCompressionCallback(pl.Callback):
         return self.method.needs == "objective"
 
     @property
+    def _needs_inputs(self) -> bool:
+        return self.method.needs in ("inputs", "covariance")
+
+    @property
     def _must_have_metric(self) -> bool:
         """Whether validation has to log the metric: what only the checkpoint callback asks for may be training's."""
         return self.monitor is not None or (self._needs_objective and self.fit_on == "metric")
@@ -236,6 +257,11 @@ class DeltaCompressionCallback(pl.Callback):
         monitor, mode = goal(trainer, self.monitor, self.mode)
         used = monitor if self.fit_on == "metric" else None
         return ValidationObjective(trainer, pl_module, target, self.calibration_batches, used, mode)
+
+    def _calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule, target: nn.Module) -> Calibration | None:
+        if not self._needs_inputs:
+            return None
+        return validation_calibration(trainer, pl_module, target, self.calibration_batches)
 
     def _write(self, trainer: pl.Trainer, delta: Delta) -> Path:
         folder = run_folder(trainer)

@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from dtrain.callbacks.evaluation import mean_over_ranks, validate
 from dtrain.errors import InputError
-from dtrain.fit import HiddenCapture, mean_change
+from dtrain.fit import Calibration, HiddenCapture, mean_change
+from dtrain.methods import Method
 
 Mode = Literal["max", "min"]
 
@@ -89,6 +90,38 @@ class _Watch(pl.Callback):
         self._capture.last = None
 
 
+def validation_calibration(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, target: nn.Module, batches: int
+) -> Calibration:
+    """Return a calibration that runs the module's own validation step on `batches` training batches.
+
+    Args:
+        trainer: The trainer of the run.
+        pl_module: The module.
+        target: The part of it that the delta belongs to.
+        batches: How many training batches to look at.
+    """
+    loader = calibration_loader(trainer, pl_module)
+
+    def run(_: nn.Module, loader: Any) -> object:
+        return validate(trainer, pl_module, instead=loader, batches=batches)
+
+    return Calibration(target, [loader], run)
+
+
+def check_one_process(trainer: pl.Trainer, method: Method) -> None:
+    """Refuse a method that looks at inputs where every process would see others and make another delta.
+
+    Raises:
+        InputError: If the run has more than one process.
+    """
+    if trainer.world_size > 1:
+        raise InputError(
+            f"{type(method).__name__} measures the inputs of layers, which differ between the {trainer.world_size} "
+            "processes of this run. Train on one device, or compress the checkpoint afterwards with dtrain.compress."
+        )
+
+
 def check_calibration(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Raise what `calibration_loader` would raise, before the first step and without building anything."""
     if _own_calibration(trainer, pl_module) is None and not isinstance(trainer.train_dataloader, DataLoader):
@@ -112,7 +145,7 @@ def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> An
     if (make := _own_calibration(trainer, pl_module)) is not None:
         return make()
     rank_zero_info(
-        "DeltaCompressionCallback fits q on the training data set as it is, with the augmentation its transforms do. "
+        "DeltaCompressionCallback looks at the training data set as it is, with the augmentation its transforms do. "
         "Define calibration_dataloader() on the LightningModule or the data module to choose other inputs."
     )
     typed = cast("DataLoader[Any]", trainer.train_dataloader)

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dtrain.advice import Advice, advise
     from dtrain.compression import compress
     from dtrain.delta import Delta, load
     from dtrain.errors import (
@@ -19,8 +20,29 @@ if TYPE_CHECKING:
         InputError,
         NeedsDataError,
     )
-    from dtrain.fit import HiddenChange, Metric, Objective
-    from dtrain.methods import METHODS, Dare, DareX, Lossless, Method
+    from dtrain.fit import Calibration, HiddenChange, Metric, Objective
+    from dtrain.lora import lora_factors, lora_product, save_adapter
+    from dtrain.methods import (
+        METHODS,
+        BitDelta,
+        ComPEFT,
+        Dare,
+        DareX,
+        DeltaCoMe,
+        DeltaDCT,
+        DeltaDQ,
+        Ecsq,
+        Eora,
+        ImPart,
+        Inputs,
+        Lossless,
+        Magnitude,
+        Method,
+        SeededSign,
+        Structured,
+        UltraDelta,
+        Wanda,
+    )
     from dtrain.optim import AdamR
     from dtrain.rules import Rules
     from dtrain.weights import Weights, read_weights
@@ -28,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "advice": ("Advice", "advise"),
     "compression": ("compress",),
     "delta": ("Delta", "load"),
     "errors": (
@@ -38,8 +61,29 @@ _HOME = {
         "InputError",
         "NeedsDataError",
     ),
-    "fit": ("HiddenChange", "Metric", "Objective"),
-    "methods": ("METHODS", "Dare", "DareX", "Lossless", "Method"),
+    "fit": ("Calibration", "HiddenChange", "Metric", "Objective"),
+    "lora": ("lora_factors", "lora_product", "save_adapter"),
+    "methods": (
+        "METHODS",
+        "BitDelta",
+        "ComPEFT",
+        "Dare",
+        "DareX",
+        "DeltaCoMe",
+        "DeltaDCT",
+        "DeltaDQ",
+        "Ecsq",
+        "Eora",
+        "ImPart",
+        "Inputs",
+        "Lossless",
+        "Magnitude",
+        "Method",
+        "SeededSign",
+        "Structured",
+        "UltraDelta",
+        "Wanda",
+    ),
     "optim": ("AdamR",),
     "rules": ("Rules",),
     "weights": ("Weights", "read_weights"),
@@ -49,25 +93,45 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "METHODS",
     "AdamR",
+    "Advice",
     "AppliedStateError",
     "ArtifactError",
     "BaseMismatchError",
+    "BitDelta",
+    "Calibration",
+    "ComPEFT",
     "Dare",
     "DareX",
     "Delta",
+    "DeltaCoMe",
+    "DeltaDCT",
+    "DeltaDQ",
     "DtrainError",
+    "Ecsq",
+    "Eora",
     "HiddenChange",
+    "ImPart",
     "InputError",
+    "Inputs",
     "Lossless",
+    "Magnitude",
     "Method",
     "Metric",
     "NeedsDataError",
     "Objective",
     "Rules",
+    "SeededSign",
+    "Structured",
+    "UltraDelta",
+    "Wanda",
     "Weights",
+    "advise",
     "compress",
     "load",
+    "lora_factors",
+    "lora_product",
     "read_weights",
+    "save_adapter",
 ]
 
 

@@ -15,21 +15,23 @@ from dtrain.artifact import DIGEST_BYTES, Content, Record, Role
 from dtrain.delta import Delta
 from dtrain.difference import Change, digests, fingerprint, pair
 from dtrain.errors import InputError, NeedsDataError
-from dtrain.fit import Objective, search_q
-from dtrain.methods import DareX, Method
+from dtrain.fit import Calibration, Objective, calibrate, search_q
+from dtrain.methods import Inputs, Method, Rescaled
+from dtrain.methods.method import Encoder
 from dtrain.rules import HEADS, Rules
 from dtrain.runtime import merged
 from dtrain.stages import HALF, Bits, Packed, Payload, Pipeline, Zstd, encode
 from dtrain.stages.select import All
-from dtrain.weights import Source, read_weights, tensor_bytes
+from dtrain.weights import Source, Weights, read_weights, tensor_bytes, zeros
 
 
 def compress(
-    base: Source,
+    base: Source | None,
     finetuned: Source,
     method: Method,
     *,
     objective: Objective | None = None,
+    calibration: Calibration | None = None,
     rules: Rules | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> Delta:
@@ -37,10 +39,11 @@ def compress(
 
     Args:
         base: The model before fine-tuning: a module, a state dict, or the path of a `.safetensors` file, a Hugging Face
-            folder or a `.ckpt`.
+            folder or a `.ckpt`. None stands for one that is zero everywhere, as for `dtrain.lora_factors`.
         finetuned: The model after it, likewise. bfloat16 and float16 are first-class; arithmetic is float32.
         method: How to compress the weights, such as `DareX(keep=0.01)`.
         objective: What the method's scales are fitted to, on training inputs, where it has to be fitted.
+        calibration: Training inputs that show what every layer's weight is multiplied with, where the method asks.
         rules: Which tensor is treated how; the defaults suit any transformer.
         training: How the model was fine-tuned, JSON-serialisable, kept in the file. No times, paths or hosts.
 
@@ -49,40 +52,46 @@ def compress(
 
     Raises:
         InputError: If the models cannot be paired, do not differ, or hold NaN or inf (bitwise methods keep those).
-        NeedsDataError: If the method must be fitted and there is no objective.
+        NeedsDataError: If the method needs an objective or a calibration and there is none.
     """
     if not isinstance(method, Method):  # pyright: ignore[reportUnnecessaryIsInstance] - the likeliest slip of all
         raise InputError(f"`method` must be a method such as dtrain.Dare(keep=0.1), got {method!r}.")
     _check_json(training)
-    if method.needs == "objective" and objective is None:
-        raise NeedsDataError(
-            f"{type(method).__name__} searches q on training inputs but got no objective. Pass "
-            "objective=dtrain.HiddenChange(model, batches) or dtrain.Metric(model, evaluate), or fix q: q='norm' or a "
-            "number need no data."
-        )
+    _check_data(method, objective, calibration)
     rules = rules or Rules()
-    changes = pair(read_weights(base), read_weights(finetuned), rules)
+    tuned = read_weights(finetuned)
+    changes = pair(_zeros_for(tuned) if base is None else read_weights(base), tuned, rules)
     if method.bitwise:
         changes = [replace(c, role="bits") if c.role in ("method", "half") else c for c in changes]
-    payloads = {change.name: _encode(change, method) for change in changes}
-    metadata: dict[str, Any] = {"method": method.describe(), "rules": _changed_rules(rules)}
+    metadata: dict[str, Any] = {"rules": _changed_rules(rules), **tuned.notes}
+    inputs: dict[str, Inputs] = {}
+    if calibration is not None and method.needs in ("inputs", "covariance"):
+        method, inputs = calibrate(method, changes, calibration)
+        metadata["uncalibrated"] = [c.name for c in changes if c.role == "method" and c.name not in inputs]
+    metadata["method"] = method.describe()
+    encoder = method.plan([(change.name, change.delta) for change in changes if change.role == "method"])
+    payloads = {change.name: _encode(change, method, encoder, inputs.get(change.name)) for change in changes}
     if any(change.role == "method" for change in changes):
         metadata["nominal_bits"] = method.nominal_bits
     if training:
         metadata["training"] = dict(training)
     hashes = digests({change.name: change.base for change in changes if change.base is not None})
     records = [_record(change, payloads[change.name], hashes) for change in changes]
-    if isinstance(method, DareX) and method.needs == "objective" and objective is not None:
+    if isinstance(method, Rescaled) and method.needs == "objective" and objective is not None:
         records, metadata["fit"] = _fit(method, changes, records, objective)
     return Delta(Content(tuple(records), _fingerprint(changes, hashes), metadata))
 
 
-def _encode(change: Change, method: Method) -> tuple[Payload, ...]:
+def _zeros_for(tuned: Weights) -> Weights:
+    return zeros((name, value.shape, value.dtype) for name, value in tuned.tensors.items() if name not in tuned.fresh)
+
+
+def _encode(change: Change, method: Method, encoder: Encoder, inputs: Inputs | None) -> tuple[Payload, ...]:
     match change.role:
         case "method":
             delta = _finite(change.name, change.delta())
             try:
-                return method.encode(change.name, delta)
+                return encoder(change.name, delta, inputs)
             except InputError as error:
                 raise InputError(f"tensor {change.name!r}: {error}") from error
         case "half":
@@ -136,7 +145,7 @@ def _fingerprint(changes: Sequence[Change], hashes: Mapping[str, bytes]) -> byte
 
 
 def _fit(
-    method: DareX, changes: Sequence[Change], records: Sequence[Record], objective: Objective
+    method: Rescaled, changes: Sequence[Change], records: Sequence[Record], objective: Objective
 ) -> tuple[list[Record], dict[str, Any]]:
     rest = {
         record.name: merged(record, change.base)
@@ -154,6 +163,21 @@ def _fit(
     q = sorted(fit.q.values()) or [1.0]
     summary = {"objective": objective.label, "q": [q[0], q[-1]], "loss": fit.loss, "loss_at_dare": start}
     return scaled, {**summary, "evaluations": fit.evaluations}
+
+
+def _check_data(method: Method, objective: Objective | None, calibration: Calibration | None) -> None:
+    name = type(method).__name__
+    if method.needs == "objective" and objective is None:
+        raise NeedsDataError(
+            f"{name} searches q on training inputs but got no objective. Pass "
+            "objective=dtrain.HiddenChange(model, batches) or dtrain.Metric(model, evaluate), or fix q: q='norm' or a "
+            "number need no data."
+        )
+    if method.needs in ("inputs", "covariance") and calibration is None:
+        raise NeedsDataError(
+            f"{name} looks at the {method.needs} of every layer but got no calibration. Pass "
+            "calibration=dtrain.Calibration(model, batches) with batches of training inputs."
+        )
 
 
 def _check_json(training: Mapping[str, Any] | None) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from dtrain.artifact import Content, Role, pack_file, read_file, write_file
 from dtrain.report import Report, summarise
-from dtrain.runtime import apply_in_place, check_base, find_tensors, merged, remove_in_place
-from dtrain.weights import Source, read_weights
+from dtrain.runtime import apply_in_place, check_base, find_tensors, merged, remove_in_place, zero_base
+from dtrain.weights import Source, Weights, read_weights
 
 
 class Delta:
@@ -60,13 +60,13 @@ class Delta:
         """Return sizes by kind of tensor, bits per parameter and the file ratio; `print` shows it as a table."""
         return summarise(self.content, self.file_bytes())
 
-    def verify(self, base: Source) -> None:
-        """Check that `base` is the base.
+    def verify(self, base: Source | None) -> None:
+        """Check that `base` is the base; None stands for one that is zero everywhere.
 
         Raises:
             BaseMismatchError: If it differs in a name, a shape, a dtype or one bit.
         """
-        check_base(self.content, read_weights(base), self.origin)
+        check_base(self.content, self._read_base(base), self.origin)
 
     def apply_(self, model: nn.Module) -> None:
         """Add the delta to the weights of `model`, in place: all of it, or nothing.
@@ -88,16 +88,16 @@ class Delta:
         """
         remove_in_place(self.content, model)
 
-    def state_dict(self, base_state: Source) -> dict[str, Tensor]:
+    def state_dict(self, base_state: Source | None) -> dict[str, Tensor]:
         """Return the fine-tuned model's weights: new tensors; `base_state` stays as it is.
 
         Args:
-            base_state: The base: a state dict, or anything `dtrain.compress` takes.
+            base_state: The base: a state dict, or anything `dtrain.compress` takes, None included.
 
         Raises:
             BaseMismatchError: If it is not the base.
         """
-        weights = read_weights(base_state)
+        weights = self._read_base(base_state)
         check_base(self.content, weights, self.origin)
         tensors = find_tensors(self.content, weights)
         kept = [record for record in self.content.records if record.role is not Role.BASE_ONLY]
@@ -106,6 +106,9 @@ class Delta:
             {alias: state[name] for alias, name in weights.aliases.items() if name in state and alias not in state}
         )
         return state
+
+    def _read_base(self, base: Source | None) -> Weights:
+        return zero_base(self.content, self.origin) if base is None else read_weights(base)
 
 
 def load(path: str | Path) -> Delta:

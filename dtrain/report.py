@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dtrain.artifact import Content, Record, Role
-from dtrain.stages import HALF, All, Payload
+from dtrain.stages import HALF, kept_values
 
 _KINDS = {
     "method": "compressed by the method",
@@ -132,17 +132,6 @@ def _kind(record: Record) -> str:
 
 
 def _row(kind: str, records: list[Record]) -> Row:
-    kept = sum(_kept(item, record) for record in records for item in record.payloads)
+    kept = sum(kept_values(item, record.name, record.shape) for record in records for item in record.payloads)
     elements = sum(math.prod(record.shape) for record in records)
     return Row(kind, len(records), elements, kept, sum(record.payload_bytes for record in records))
-
-
-def _kept(payload: Payload, record: Record) -> int:
-    """Return how many values a payload holds."""
-    numel, bits = math.prod(record.shape), payload.pipeline.quantise.bits
-    if isinstance(payload.pipeline.select, All):
-        return numel
-    if bits % 8 == 0:
-        return 8 * payload.data.numel() // bits
-    # The last byte may be half full: only the mask knows.
-    return payload.pipeline.select.positions(record.name, numel).numel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dtrain.errors import InputError
 from dtrain.stages.bits import as_buffer
 
-_INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,15 @@ class Weights:
         tensors: Tensors by name, sorted. Where several names share one tensor, the first name in order has it.
         aliases: The other names of tied tensors, each with the name that has the tensor.
         origin: Where they came from, for messages.
+        fresh: Names of tensors that stand for themselves: where the base is zero they are no delta to it, but new.
+        notes: What a delta to them has to remember, JSON-serialisable: it goes into the metadata.
     """
 
     tensors: dict[str, Tensor]
     aliases: dict[str, str] = field(default_factory=dict[str, str])
     origin: str = "state dict"
+    fresh: frozenset[str] = frozenset()
+    notes: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def get(self, name: str) -> Tensor | None:
         """Return the tensor called `name`, by any of its names, or None."""
@@ -63,11 +68,28 @@ def read_weights(source: Source) -> Weights:
     path = Path(source)
     if not path.exists():
         raise InputError(f"{path} does not exist. Give a .safetensors file, a Hugging Face folder or a .ckpt file.")
+    if is_adapter(path):
+        raise InputError(
+            f"{path} is a PEFT adapter, and no model by itself. Give dtrain.lora_product(base, {str(path)!r}), or "
+            f"dtrain.lora_factors({str(path)!r}) to compress its factors."
+        )
     if path.is_dir():
         return _collect(_read_folder(path), str(path))
     if path.suffix == ".safetensors":
         return _collect(_read_safetensors(path), str(path))
     return _collect(_read_checkpoint(path), str(path))
+
+
+def zeros(named: Iterable[tuple[str, Sequence[int], torch.dtype]]) -> Weights:
+    """Return a base that is zero everywhere, from the names, shapes and dtypes of its tensors. It takes no memory."""
+    tensors = {name: torch.zeros((), dtype=dtype).expand(tuple(shape)) for name, shape, dtype in named}
+    return Weights(tensors, origin="zeros")
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Return whether `path` is the folder of a PEFT adapter, and of no model."""
+    folder = Path(path)
+    return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).exists() for name in (_INDEX, _SINGLE))
 
 
 def digest(tensor: Tensor) -> bytes:
@@ -124,9 +146,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
             raise InputError(f"{index} is no index of sharded weights ({error}). Download the folder again.") from error
         shards: Iterable[Path] = [folder / shard for shard in sorted(set(names.values()))]
     else:
-        shards = (
-            [folder / "model.safetensors"] if (folder / "model.safetensors").exists() else folder.glob("*.safetensors")
-        )
+        shards = [folder / _SINGLE] if (folder / _SINGLE).exists() else folder.glob("*.safetensors")
     merged: dict[str, Tensor] = {}
     for shard in sorted(shards):
         if not shard.exists():

@@ -314,7 +314,7 @@ def test_methods_for_people(run):
 # --- help
 
 
-@pytest.mark.parametrize("command", ["compress", "apply", "inspect", "verify", "methods"])
+@pytest.mark.parametrize("command", ["compress", "apply", "inspect", "verify", "advise", "methods"])
 def test_every_command_has_help(run, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, err = run(command, "--help")
@@ -345,8 +345,8 @@ def test_help_of_a_method_is_its_docstring(run):
 
 
 USAGE = {
-    "nothing": ([], "compress, apply, inspect, verify and methods"),
-    "unknown command": (["compres"], "'compres'", "compress, apply, inspect, verify and methods"),
+    "nothing": ([], "compress, apply, inspect, verify, advise and methods"),
+    "unknown command": (["compres"], "'compres'", "compress, apply, inspect, verify, advise and methods"),
     "missing OUT": (["compress", "a", "b"], "OUT is missing"),
     "one too many": (["verify", "a", "b", "c"], "unrecognized arguments: c"),
     "unknown option": (["inspect", "d", "--tensorz"], "--tensorz"),

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Callable
 from dataclasses import astuple
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dtrain.artifact.names import MAX_ALL_NAMES, NameCode, restore, shorten
 from dtrain.artifact.records import DIGEST_BYTES, Record, Role
-from dtrain.stages import STAGES, All, Bits, Packed, Payload, Pipeline
+from dtrain.stages import STAGES, Bits, Packed, Payload, Pipeline
 from dtrain.stages.bits import as_buffer
+from dtrain.stages.cursor import Cursor, varint
 
 #: The number of a dtype in a file. Append only.
 DTYPES: tuple[torch.dtype, ...] = (
@@ -25,7 +25,6 @@ DTYPES: tuple[torch.dtype, ...] = (
     torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
 )  # fmt: skip
 
-_T = TypeVar("_T")
 _MAX_RANK = 64
 _PAYLOADS = {Role.ADD: (0, 255), Role.XOR: (1, 1), Role.WHOLE: (1, 1)}
 
@@ -36,17 +35,17 @@ def pack_manifest(records: tuple[Record, ...], fingerprint: bytes) -> bytes:
     """Return the manifest of `records`, which must be sorted by the UTF-8 bytes of their names."""
     pipelines = list(dict.fromkeys(item.pipeline for record in records for item in record.payloads))
     kinds = list(dict.fromkeys(_kind(record) for record in records))
-    out = [fingerprint, _varint(len(pipelines)), *map(_pack_pipeline, pipelines), _varint(len(kinds))]
+    out = [fingerprint, varint(len(pipelines)), *map(_pack_pipeline, pipelines), varint(len(kinds))]
     for role, dtype, shape, used in kinds:
-        out += [bytes([role, DTYPES.index(dtype)]), _varint(len(shape)), *map(_varint, shape)]
-        out += [_varint(len(used)), *(_varint(pipelines.index(pipeline)) for pipeline in used)]
-    out.append(_varint(len(records)))
+        out += [bytes([role, DTYPES.index(dtype)]), varint(len(shape)), *map(varint, shape)]
+        out += [varint(len(used)), *(varint(pipelines.index(pipeline)) for pipeline in used)]
+    out.append(varint(len(records)))
     kind_index = {kind: index for index, kind in enumerate(kinds)}
     for record, code in zip(records, shorten([record.name.encode() for record in records]), strict=True):
-        out += [_varint(code.back), _varint(code.prefix), _varint(code.suffix), _varint(len(code.middle)), code.middle]
-        out += [_varint(kind_index[_kind(record)]), record.digest]
+        out += [varint(code.back), varint(code.prefix), varint(code.suffix), varint(len(code.middle)), code.middle]
+        out += [varint(kind_index[_kind(record)]), record.digest]
         for item in record.payloads:
-            out += [struct.pack("<fI", item.scale, checksum(item.data)), _varint(item.data.numel())]
+            out += [struct.pack("<fI", item.scale, checksum(item.data)), varint(item.data.numel())]
     return b"".join(out)
 
 
@@ -57,7 +56,7 @@ def unpack_manifest(manifest: bytes, payload: Tensor) -> tuple[tuple[Record, ...
         ValueError: If anything in it is out of range, out of order, or inconsistent with `payload`. The message may
             start with a tensor's name, divided by a NUL.
     """
-    cursor = _Cursor(manifest)
+    cursor = Cursor(manifest, "manifest")
     fingerprint = cursor.take(32)
     pipelines = cursor.sequence(lambda: _read_pipeline(cursor))
     kinds = cursor.sequence(lambda: _read_kind(cursor, pipelines))
@@ -107,22 +106,23 @@ def _kind(record: Record) -> Kind:
 
 
 def _pack_pipeline(pipeline: Pipeline) -> bytes:
-    stages = (pipeline.select, pipeline.quantise, pipeline.code)
+    stages = (pipeline.transform, pipeline.select, pipeline.quantise, pipeline.code)
     return b"".join(bytes([stage.tag]) + struct.pack("<" + stage.layout, *astuple(stage)) for stage in stages)
 
 
-def _read_pipeline(cursor: _Cursor) -> Pipeline:
+def _read_pipeline(cursor: Cursor) -> Pipeline:
     stages: list[Any] = []
-    for room, choices in zip(("select", "quantise", "code"), STAGES, strict=True):
+    for room, choices in zip(("transform", "select", "quantise", "code"), STAGES, strict=True):
         tag = cursor.take(1)[0]
         found = [stage for stage in choices if stage.tag == tag]
         if not found:
             raise ValueError(f"{room} stage {tag} is unknown: the file needs a newer dtrain")
         stages.append(found[0](*cursor.unpack("<" + found[0].layout)))  # the stage checks its own parameters
-    return Pipeline(*stages)
+    transform, select, quantise, code = stages
+    return Pipeline(select, quantise, code, transform)
 
 
-def _read_kind(cursor: _Cursor, pipelines: list[Pipeline]) -> Kind:
+def _read_kind(cursor: Cursor, pipelines: list[Pipeline]) -> Kind:
     role_number, dtype_number = cursor.take(2)
     if role_number not in list(Role) or dtype_number >= len(DTYPES):
         raise ValueError(f"role {role_number} or dtype {dtype_number} is unknown: the file needs a newer dtrain")
@@ -142,69 +142,7 @@ def _read_kind(cursor: _Cursor, pipelines: list[Pipeline]) -> Kind:
     for pipeline in used:
         if isinstance(pipeline.quantise, Bits) and pipeline.quantise.width != dtype.itemsize:
             raise ValueError(f"values of {pipeline.quantise.width} bytes cannot be {dtype}")
-        if role is not Role.ADD and not isinstance(pipeline.select, All):
-            raise ValueError(f"a tensor of role {role.name} must have a value everywhere")
-        if role is Role.WHOLE and not isinstance(pipeline.code, Packed):
-            raise ValueError(
-                "a whole tensor must be stored byte for byte"
-            )  # nothing bounds what a coder could expand to
+        if role is Role.WHOLE and not isinstance(pipeline.code, Packed):  # nothing bounds what a coder could expand to
+            raise ValueError("a whole tensor must be stored byte for byte")
+        pipeline.transform.grid(shape)  # refuses a rank that the shape does not have
     return role, dtype, shape, used
-
-
-def _varint(value: int) -> bytes:
-    """Return unsigned LEB128: seven bits a byte, least significant first, the top bit says that more follow."""
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-class _Cursor:
-    """Reads forward through bytes and never past their end."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    @property
-    def left(self) -> int:
-        """Bytes not read yet."""
-        return len(self._data) - self._at
-
-    def take(self, size: int) -> bytes:
-        """Read `size` bytes."""
-        if size > self.left:
-            raise ValueError(f"the manifest ends after {self.left} of {size} bytes")
-        self._at += size
-        return self._data[self._at - size : self._at]
-
-    def unpack(self, layout: str) -> tuple[Any, ...]:
-        """Read the fields of a `struct` layout."""
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))
-
-    def varint(self) -> int:
-        """Read one number in its shortest spelling."""
-        value = 0
-        for shift in range(0, 63, 7):
-            byte = self.take(1)[0]
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                if byte == 0 and shift:
-                    raise ValueError("a number is written in more bytes than it needs")  # one number, one spelling
-                return value
-        raise ValueError("a number is longer than 63 bits")
-
-    def sequence(self, read: Callable[[], _T], limit: int | None = None) -> list[_T]:
-        """Read a count and as many items."""
-        count = self.varint()
-        if count > min(self.left, limit or count):  # every item takes a byte at least: no allocation beyond the file
-            raise ValueError(f"a list of {count} items does not fit the {self.left} bytes left")
-        return [read() for _ in range(count)]
-
-    def choose(self, options: list[_T]) -> _T:
-        """Read a number that points into `options`."""
-        index = self.varint()
-        if index >= len(options):
-            raise ValueError(f"item {index} of a list of {len(options)} is referred to")
-        return options[index]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from dtrain.artifact import Record
-from dtrain.methods import METHODS, Method
+from dtrain.methods.catalogue import Entry, shown
 from dtrain.report import Report
 
 _WIDTH = 120  # where the output is no terminal, whose width would be known
@@ -73,26 +71,22 @@ def tensor_table(records: Sequence[Record]) -> tuple[list[dict[str, Any]], Table
     return rows, table
 
 
-def method_rows() -> list[dict[str, Any]]:
-    """Return what is to be said of every method, with its default arguments."""
-    return [_method(method()) for method in METHODS]
-
-
-def method_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table of `method_rows`."""
+def method_table(entries: Sequence[Entry]) -> Table:
+    """Return a table of all methods."""
     table = Table(
-        caption="With default arguments. Nominal bits: per compressed weight, as the paper counts them.\n"
-        "All arguments of a method: dtrain compress --method.help NAME",
+        caption="With default arguments. Bits are per compressed weight: nominal as the paper counts them, on disk as\n"
+        "the payload of a Gaussian delta of 768 x 768. All arguments: dtrain compress --method.help NAME",
         caption_justify="left",
     )
     for header in ("method", "data needed"):
         table.add_column(header, no_wrap=True)
-    table.add_column("nominal bits", justify="right")
-    table.add_column("source")
+    for header in ("nominal bits", "on disk"):
+        table.add_column(header, justify="right")
     table.add_column("what it does")
-    for row in rows:
-        bits = "-" if row["nominal_bits"] is None else f"{row['nominal_bits']:g}"
-        table.add_row(row["name"], row["needs"], bits, row["source"], row["summary"])
+    table.add_column("source")
+    for entry in entries:
+        bits = (shown(entry.nominal_bits), shown(entry.true_bits))
+        table.add_row(entry.name, entry.needs, *bits, entry.summary, entry.source)
     return table
 
 
@@ -104,16 +98,4 @@ def _tensor(record: Record) -> dict[str, Any]:
         "shape": list(record.shape),
         "payload_bytes": record.payload_bytes,
         "scales": [payload.scale for payload in record.payloads],
-    }
-
-
-def _method(method: Method) -> dict[str, Any]:
-    card = inspect.getdoc(type(method)) or ""
-    return {
-        "name": type(method).__name__,
-        "needs": {"objective": "training inputs"}.get(method.needs, method.needs),
-        "nominal_bits": None if math.isnan(method.nominal_bits) else method.nominal_bits,
-        "source": method.source,
-        "summary": card.partition("\n")[0],
-        "arguments": {name: value for name, value in method.describe().items() if name != "name"},
     }

@@ -19,6 +19,7 @@ SUMMARIES = {
     "apply": "Write the fine-tuned checkpoint that a base and a delta make.",
     "inspect": "Show what a delta file holds and what every part of it costs.",
     "verify": "Check every byte of a delta file, and that a model is its base.",
+    "advise": "Measure what fine-tuning changed and say which method suits it, and why.",
     "methods": "List the compression methods.",
 }
 
@@ -42,6 +43,9 @@ whole, bit for bit (integers), by the method (matrices that are included and
 not excluded), or, all the rest, as a delta in half precision."""
 
 _MODEL = "a .safetensors file, a Hugging Face folder or a .ckpt"
+
+#: As BASE: a model that is zero everywhere, unless there is a file or folder of that name.
+ZEROS = "zeros"
 
 
 class UsageError(DtrainError):
@@ -109,15 +113,25 @@ _USAGE = {
     "apply": "dtrain apply BASE DELTA OUT [--json]",
     "inspect": "dtrain inspect DELTA [--tensors] [--json]",
     "verify": "dtrain verify BASE DELTA [--json]",
-    "methods": "dtrain methods [--json]",
+    "advise": "dtrain advise BASE FINETUNED [--include P ...] [--exclude P ...]\n"
+    "                     [--whole P ...] [--drop P ...] [--json]",
+    "methods": "dtrain methods [--markdown] [--json]",
 }
 
 
 def _compress(parser: ArgumentParser) -> None:
     from dtrain.methods import METHODS, Method
 
-    parser.add_argument("base", metavar="BASE", help=f"the model before fine-tuning: {_MODEL}")
-    parser.add_argument("finetuned", metavar="FINETUNED", help="the model after it, likewise")
+    parser.add_argument(
+        "base",
+        metavar="BASE",
+        help=f"the model before fine-tuning: {_MODEL}; or {ZEROS}, to compress the factors of an adapter",
+    )
+    parser.add_argument(
+        "finetuned",
+        metavar="FINETUNED",
+        help="the model after it, likewise; or the folder of a PEFT LoRA adapter, to compress what it adds to BASE",
+    )
     parser.add_argument("out", metavar="OUT", help="the delta file to write, usually *.safetensors")
     method = parser.add_argument_group("method")
     method.add_argument(
@@ -128,6 +142,10 @@ def _compress(parser: ArgumentParser) -> None:
         help=f"{_listed([method.__name__ for method in METHODS])}; `dtrain methods` says what they are. "
         f"Default: {DEFAULT_METHOD} with its own defaults, which keeps 10 %% of the delta and needs no data.",
     )
+    _rules(parser)
+
+
+def _rules(parser: ArgumentParser) -> None:
     rules = parser.add_argument_group("which tensors", description=_PATTERNS)
     for name, text in {
         "include": "tensors the method may compress (default: all)",
@@ -140,7 +158,8 @@ def _compress(parser: ArgumentParser) -> None:
 
 def _apply(parser: ArgumentParser) -> None:
     _verify(parser)
-    parser.add_argument("out", metavar="OUT", help="the .safetensors file to write; may be BASE")
+    text = f"the .safetensors file to write, which may be BASE; where BASE is {ZEROS}, the folder for PEFT"
+    parser.add_argument("out", metavar="OUT", help=text)
 
 
 def _inspect(parser: ArgumentParser) -> None:
@@ -149,12 +168,18 @@ def _inspect(parser: ArgumentParser) -> None:
 
 
 def _verify(parser: ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", help=f"the model the delta was made from: {_MODEL}")
+    parser.add_argument("base", metavar="BASE", help=f"the model the delta was made from: {_MODEL}; or {ZEROS}")
     parser.add_argument("delta", metavar="DELTA", help="a file written by `dtrain compress`")
 
 
-def _methods(_: ArgumentParser) -> None:
-    pass  # it takes none
+def _advise(parser: ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help=f"the model before fine-tuning: {_MODEL}")
+    parser.add_argument("finetuned", metavar="FINETUNED", help="the model after it, likewise, or a PEFT LoRA adapter")
+    _rules(parser)
+
+
+def _methods(parser: ArgumentParser) -> None:
+    parser.add_argument("--markdown", action="store_true", help="print the table as the README has it")
 
 
 _ARGUMENTS = {
@@ -162,6 +187,7 @@ _ARGUMENTS = {
     "apply": _apply,
     "inspect": _inspect,
     "verify": _verify,
+    "advise": _advise,
     "methods": _methods,
 }
 

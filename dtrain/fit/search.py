@@ -12,7 +12,7 @@ from dtrain.difference import Change
 from dtrain.errors import InputError
 from dtrain.fit.objective import Objective
 from dtrain.fit.trial import Candidate, Trial, candidate
-from dtrain.methods import DareX
+from dtrain.methods import Rescaled
 from dtrain.progress import Advance, progress
 
 _GRID = 13  # points of the first grid: a factor of 1.47 apart at keep=0.01
@@ -38,7 +38,7 @@ class QFit:
     evaluations: int
 
 
-def search_q(method: DareX, changes: Sequence[Change], rest: Mapping[str, Tensor], objective: Objective) -> QFit:
+def search_q(method: Rescaled, changes: Sequence[Change], rest: Mapping[str, Tensor], objective: Objective) -> QFit:
     """Search q for one method on one pair of models.
 
     Args:
@@ -78,7 +78,7 @@ class _Evaluator:
     """The objective as a function of log(1/q) per tensor, averaged over several masks."""
 
     def __init__(
-        self, method: DareX, changes: Sequence[Change], trial: Trial, objective: Objective, advance: Advance
+        self, method: Rescaled, changes: Sequence[Change], trial: Trial, objective: Objective, advance: Advance
     ) -> None:
         self._trial, self._objective, self._advance = trial, objective, advance
         self._base = {change.name: _base(change) for change in changes}
@@ -99,7 +99,7 @@ class _Evaluator:
         self._advance(f"loss {mean:.5g}")
         return mean if math.isfinite(mean) else math.inf
 
-    def _candidates(self, method: DareX, changes: Sequence[Change]) -> dict[str, Candidate]:
+    def _candidates(self, method: Rescaled, changes: Sequence[Change]) -> dict[str, Candidate]:
         out: dict[str, Candidate] = {}
         for change in changes:
             payloads = method.encode(change.name, change.delta())

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dtrain.errors import InputError
+from dtrain.methods.inputs import Inputs
 from dtrain.methods.method import Method
 from dtrain.stages import Payload
 
@@ -33,6 +34,6 @@ class Lossless(Method):
         """The bits of the checkpoint's own dtype: no saving is claimed before the file is written."""
         return float("nan")
 
-    def encode(self, name: str, delta: Tensor) -> tuple[Payload, ...]:
+    def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Refuse: bitwise tensors have no float delta."""
         raise InputError(f"Lossless stores the bits of {name!r}, not a delta. Use dtrain.compress.")

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from dtrain.errors import InputError
+from dtrain.methods.inputs import Inputs
 from dtrain.stages import Payload
+
+Needs = Literal["nothing", "objective", "inputs", "covariance"]
+#: Name of every tensor to compress, with a function that computes its delta (float32): all of them at once would take
+#: as much memory as the model.
+Deltas = Sequence[tuple[str, Callable[[], Tensor]]]
+Encoder = Callable[[str, Tensor, Inputs | None], tuple[Payload, ...]]
 
 
 class Method(ABC):
@@ -21,17 +29,28 @@ class Method(ABC):
     bitwise: ClassVar[bool] = False
 
     @abstractmethod
-    def encode(self, name: str, delta: Tensor) -> tuple[Payload, ...]:
+    def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return the payloads of one tensor.
 
         Args:
             name: The tensor's name; random masks are keyed by it.
             delta: Fine-tuned minus base weights, float32, finite, of any shape.
+            inputs: What the tensor is multiplied with, where the method needs it and the tensor is a layer's weight.
         """
 
+    def plan(self, deltas: Deltas) -> Encoder:
+        """Return what encodes one tensor after another; here, `encode`.
+
+        A method whose choice for one tensor depends on the others looks at all of them first.
+        """
+        return self.encode
+
     @property
-    def needs(self) -> str:
-        """What the method must be fitted on: "nothing", or "objective" where `compress` has to be given one."""
+    def needs(self) -> Needs:
+        """What `compress` has to be given.
+
+        "nothing"; an "objective", to fit scales; a calibration, for each layer's "inputs" or for their "covariance".
+        """
         return "nothing"
 
     @property
@@ -41,7 +60,8 @@ class Method(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Return the name and parameters, JSON-serialisable, as they stand in the file."""
-        return {"name": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {"name": type(self).__name__, **{name: _plain(value) for name, value in values.items()}}
 
 
 def check_type(name: str, value: object, kind: type[int] | type[float]) -> None:
@@ -54,3 +74,30 @@ def check_type(name: str, value: object, kind: type[int] | type[float]) -> None:
     if isinstance(value, bool) or type(value) not in allowed:
         word = "a number" if kind is float else "an integer"
         raise InputError(f"`{name}` must be {word}, got {value!r}. Convert it with {kind.__name__}(...).")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse a word that is none of `choices`.
+
+    Raises:
+        InputError: If it is not; the message lists them.
+    """
+    if value not in choices:
+        raise InputError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_keep(keep: float) -> None:
+    """Refuse a share that is not in (0, 1].
+
+    Raises:
+        InputError: If it is not.
+    """
+    check_type("keep", keep, float)
+    if not 0 < keep <= 1:
+        raise InputError(f"`keep` must be in (0, 1], got {keep}. Use keep=0.01 to keep 1 % of the delta.")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Method):
+        return value.describe()
+    return list(value) if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]

@@ -1,9 +1,14 @@
 """Stages: pure functions on tensors from which every payload is made and read back."""
 
-from dtrain.stages.code import Packed, Zstd
-from dtrain.stages.pipeline import STAGES, Decoded, Payload, Pipeline, decode, encode
-from dtrain.stages.quantise import BFloat16, Bits, Float16, Sign, Uniform, value_format
+from dtrain.stages.code import Packed, Parts, Rans, Zstd
+from dtrain.stages.index import Indexed
+from dtrain.stages.mixed import Mixed
+from dtrain.stages.philox import random_order
+from dtrain.stages.pipeline import STAGES, Decoded, Payload, Pipeline, decode, encode, kept_values
+from dtrain.stages.quantise import Affine, BFloat16, Bits, DeadZone, Float16, Sign, Uniform, value_format
 from dtrain.stages.select import All, Bernoulli, Stratified, random_mask
+from dtrain.stages.structure import UNITS, Groups, Unit, Units
+from dtrain.stages.transform import BlockDct, LowRank, Plain, Transposed, balanced, matrix_shape, singular_factors
 
 #: The whole delta in half precision: the default for vectors, where a mask would save next to nothing.
 HALF = Pipeline(All(), Float16(), Packed())
@@ -11,21 +16,40 @@ HALF = Pipeline(All(), Float16(), Packed())
 __all__ = [
     "HALF",
     "STAGES",
+    "UNITS",
+    "Affine",
     "All",
     "BFloat16",
     "Bernoulli",
     "Bits",
+    "BlockDct",
+    "DeadZone",
     "Decoded",
     "Float16",
+    "Groups",
+    "Indexed",
+    "LowRank",
+    "Mixed",
     "Packed",
+    "Parts",
     "Payload",
     "Pipeline",
+    "Plain",
+    "Rans",
     "Sign",
     "Stratified",
+    "Transposed",
     "Uniform",
+    "Unit",
+    "Units",
     "Zstd",
+    "balanced",
     "decode",
     "encode",
+    "kept_values",
+    "matrix_shape",
     "random_mask",
+    "random_order",
+    "singular_factors",
     "value_format",
 ]

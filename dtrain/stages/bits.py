@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,29 +15,32 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Return uint8 of shape (packed_size(n, bits),) from int64 `codes` of shape (n,), each in [0, 2**bits)."""
-    # Eight codes fill exactly `bits` bytes, so the stream is a matrix of whole bytes: no code straddles two rows.
-    rows = -(-codes.numel() // 8)
-    grid = torch.zeros(8 * rows, dtype=torch.int64, device=codes.device)
-    grid[: codes.numel()] = codes
-    single = (grid.view(rows, 8, 1) >> torch.arange(bits, device=codes.device)) & 1
-    weights = 1 << torch.arange(8, device=codes.device)
-    packed = (single.view(rows, bits, 8) * weights).sum(-1).to(torch.uint8)
-    return packed.view(-1)[: packed_size(codes.numel(), bits)]
+    """Return uint8 of shape (packed_size(n, bits),) from integer `codes` of shape (n,), each in [0, 2**bits)."""
+    if bits == 8:
+        return codes.to(torch.uint8)
+    pairs = codes.cpu().numpy().astype("<u2").view(np.uint8).reshape(-1, 2)
+    single = np.unpackbits(pairs if bits > 8 else pairs[:, :1], axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(single, bitorder="little"))
 
 
 def unpack_bits(data: Tensor, bits: int, count: int) -> Tensor:
-    """Return the int64 codes of shape (count,) that `pack_bits` packed into `data`."""
+    """Return the codes of shape (count,) that `pack_bits` packed: uint8 up to eight bits, int32 above."""
     if (bits * count) % 8 and data.numel() and int(data[-1]) >> (bits * count) % 8:
         raise ValueError("the last byte is not filled with zeros")
-    rows = -(-count // 8)
-    grid = torch.zeros(rows * bits, dtype=torch.uint8, device=data.device)
-    grid[: data.numel()] = data
-    single = (grid.view(rows, bits, 1) >> torch.arange(8, dtype=torch.uint8, device=data.device)) & 1
-    weights = 1 << torch.arange(bits, device=data.device)
-    return (single.view(rows, 8, bits).long() * weights).sum(-1).view(-1)[:count]
+    if bits == 8:
+        return data
+    single = np.unpackbits(data.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+    if bits <= 8:
+        return torch.from_numpy(np.packbits(single, axis=1, bitorder="little").reshape(count))
+    pairs = np.packbits(single, axis=1, bitorder="little").reshape(-1)
+    return torch.from_numpy(pairs.view("<u2").astype(np.int32))
 
 
 def as_buffer(data: Tensor) -> memoryview:
     """Return the bytes of a contiguous uint8 tensor on the CPU, without a copy."""
     return memoryview(cast("Any", data.numpy()))
+
+
+def as_tensor(data: bytes | bytearray) -> Tensor:
+    """Return bytes as a uint8 tensor."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)

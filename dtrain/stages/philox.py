@@ -68,3 +68,9 @@ def words(key: tuple[int, int], start: int, count: int, device: torch.device | s
         block = philox4x32((index & _MASK32, index >> 32, zero, zero), key)
         out[4 * first : 4 * last] = torch.stack(block, dim=1).view(-1)
     return out
+
+
+def random_order(seed: int, name: str, count: int) -> Tensor:
+    """Return a random order of `count` positions, int64: that of their words; of equal words the first comes first."""
+    drawn = words(stream_key(seed, name), 0, -(-count // 4) * 4)[:count]
+    return torch.sort(drawn, stable=True).indices

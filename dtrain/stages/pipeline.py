@@ -1,9 +1,8 @@
-"""A payload's pipeline, select -> quantise -> code, run in both directions."""
+"""A payload's pipeline, transform -> select -> quantise -> code, run in both directions."""
 
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,25 +11,59 @@ import torch
 from torch import Tensor
 
 from dtrain.errors import InputError
-from dtrain.stages.code import Code, Packed, Zstd
-from dtrain.stages.quantise import BFloat16, Bits, Float16, Quantise, Sign, Uniform
-from dtrain.stages.select import All, Bernoulli, Select, Stratified
+from dtrain.stages.bits import as_buffer, as_tensor, packed_size
+from dtrain.stages.code import Code, Packed, Parts, Rans, Zstd
+from dtrain.stages.cursor import Cursor
+from dtrain.stages.index import Indexed
+from dtrain.stages.mixed import Mixed
+from dtrain.stages.quantise import Affine, BFloat16, Bits, DeadZone, Float16, Sign, Uniform, blocks
+from dtrain.stages.select import All, Bernoulli, Stratified
+from dtrain.stages.structure import Groups, Units
+from dtrain.stages.transform import BlockDct, Grid, LowRank, Plain, Transform, Transposed
+
+Select = All | Bernoulli | Stratified | Groups | Units | Indexed
+Quantise = Float16 | BFloat16 | Sign | Uniform | Affine | DeadZone | Mixed | Bits
 
 #: Every stage a file may name, in the order of the pipeline. The number in the file is the stage's `tag`.
-STAGES: tuple[tuple[type[Select], ...], tuple[type[Quantise], ...], tuple[type[Code], ...]] = (
-    (All, Bernoulli, Stratified),
-    (Float16, BFloat16, Sign, Uniform, Bits),
-    (Packed, Zstd),
+STAGES: tuple[
+    tuple[type[Transform], ...], tuple[type[Select], ...], tuple[type[Quantise], ...], tuple[type[Code], ...]
+] = (
+    (Plain, BlockDct, LowRank, Transposed),
+    (All, Bernoulli, Stratified, Groups, Units, Indexed),
+    (Float16, BFloat16, Sign, Uniform, Bits, DeadZone, Affine, Mixed),
+    (Packed, Zstd, Rans, Parts),
 )
+_MAX_CODED_BITS = 12  # of a symbol for an entropy coder
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a payload's bytes mean. It is stored once in a file and shared by all tensors encoded alike."""
+    """What a payload's bytes mean. It is stored once in a file and shared by all tensors encoded alike.
 
-    select: Select
-    quantise: Quantise
-    code: Code = Packed()  # noqa: RUF009 - frozen
+    Raises:
+        InputError: If the stages do not go together.
+    """
+
+    select: Select = All()  # noqa: RUF009 - frozen
+    quantise: Quantise = Float16()  # noqa: RUF009
+    code: Code = Packed()  # noqa: RUF009
+    transform: Transform = Plain()  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        plain = isinstance(self.select, All) and type(self.transform) is Plain
+        if isinstance(self.quantise, Bits) and not plain:
+            raise InputError("Bits stores every bit of a tensor: it takes no transform and no selection.")
+        if isinstance(self.quantise, Mixed):
+            patch = self.transform.patch if isinstance(self.transform, BlockDct) else 0
+            if self.quantise.group != patch**2 or not isinstance(self.select, All):
+                raise InputError("Mixed gives bits to whole patches: it needs BlockDct, its group, and no selection.")
+        if isinstance(self.select, (Units, Groups)) and type(self.transform) not in (Plain, Transposed):
+            raise InputError(f"{type(self.select).__name__} follows the rows of a weight: it takes no other transform.")
+        bits = self.quantise.bits
+        if isinstance(self.code, Rans) and bits > _MAX_CODED_BITS:
+            raise InputError(f"Rans codes symbols of {_MAX_CODED_BITS} bits at most, got {bits}. Use fewer, or Zstd.")
+        if isinstance(self.code, Parts) and not (isinstance(self.quantise, Affine) and self.code.high <= bits):
+            raise InputError(f"Parts splits the codes of Affine by their upper {self.code.high} bits, of {bits}.")
 
 
 @dataclass(frozen=True)
@@ -49,10 +82,10 @@ class Payload:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "scale", struct.unpack("<f", struct.pack("<f", self.scale))[0])
-        except OverflowError as error:
-            raise InputError(f"a scale of {self.scale:g} does not fit float32. Use a larger keep or q.") from error
+        scale = float(torch.tensor(self.scale, dtype=torch.float32))
+        if not math.isfinite(scale):
+            raise InputError(f"a scale of {self.scale:g} does not fit float32. Use a larger keep or q.")
+        object.__setattr__(self, "scale", scale)
 
 
 class Decoded(NamedTuple):
@@ -61,20 +94,55 @@ class Decoded(NamedTuple):
     positions: Tensor | None
     values: Tensor
 
+    def dense(self, numel: int) -> Tensor:
+        """Return all `numel` values, 0 where there is none."""
+        if self.positions is None:
+            return self.values
+        return torch.zeros(numel, device=self.values.device).index_put_((self.positions,), self.values)
 
-def encode(pipeline: Pipeline, name: str, values: Tensor) -> Payload:
+
+def encode(
+    pipeline: Pipeline,
+    name: str,
+    values: Tensor,
+    *,
+    positions: Tensor | None = None,
+    widths: Tensor | None = None,
+    coefficients: Tensor | None = None,
+) -> Payload:
     """Encode one tensor.
 
     Args:
         pipeline: The stages.
         name: The tensor's name, which picks its random mask.
         values: float32 of any shape; for `Bits` uint8 of shape (n * width,), the tensor's bytes.
+        positions: For `Indexed`: the coefficients to keep, int64, ascending.
+        widths: For `Mixed`: the bits of every block, int64.
+        coefficients: The transformed values, where the caller has them already.
     """
-    flat = values.reshape(-1)
-    positions = pipeline.select.positions(name, flat.numel(), flat.device)
-    kept = flat if positions is None else flat[positions]
-    data, scale = pipeline.quantise.encode(kept)
-    return Payload(pipeline, pipeline.code.encode(data.cpu()), scale)
+    if isinstance(pipeline.quantise, Bits):
+        coded = pipeline.quantise.encode(values.reshape(-1), blocks(0, 0, None))
+        return Payload(pipeline, pipeline.code.encode(coded.symbols.cpu(), 8), coded.scale)
+    if coefficients is None:
+        coefficients = pipeline.transform.forward(values)
+    head = torch.empty(0, dtype=torch.uint8)
+    if isinstance(pipeline.select, Indexed):
+        if positions is None:
+            raise InputError("Indexed stores positions that the caller chooses: pass positions=.")
+        head = pipeline.select.encode(positions)
+    else:
+        positions = pipeline.select.positions(name, _grid(coefficients), coefficients.device)
+    flat = coefficients.reshape(-1)
+    kept = (flat if positions is None else flat[positions]).cpu()
+    parts = blocks(pipeline.quantise.group, flat.numel(), None if positions is None else positions.cpu())
+    if isinstance(pipeline.quantise, Mixed):
+        if widths is None:
+            raise InputError("Mixed stores widths that the caller chooses: pass widths=.")
+        coded = pipeline.quantise.encode(kept, parts, widths.cpu())
+    else:
+        coded = pipeline.quantise.encode(kept, parts)
+    data = torch.cat([head, coded.side, pipeline.code.encode(coded.symbols, pipeline.quantise.bits)])
+    return Payload(pipeline, data, coded.scale**pipeline.transform.degree)
 
 
 def decode(payload: Payload, name: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Decoded:
@@ -92,12 +160,63 @@ def decode(payload: Payload, name: str, shape: Sequence[int], device: torch.devi
     Raises:
         ValueError: If the bytes cannot be this pipeline's encoding of a tensor of this shape.
     """
-    pipeline, data, numel = payload.pipeline, payload.data, math.prod(shape)
-    if isinstance(pipeline.code, Packed):  # refuse before the mask is drawn: its cost grows with `numel`, not `data`
-        least, most = (pipeline.quantise.size(count) for count in pipeline.select.count_bounds(numel))
-        if not least <= data.numel() <= most:
-            raise ValueError(f"{data.numel()} bytes where {least} to {most} were expected for shape {tuple(shape)}")
-    positions = pipeline.select.positions(name, numel, device)
-    count = numel if positions is None else positions.numel()
-    raw = pipeline.code.decode(data, pipeline.quantise.size(count)).to(device)
-    return Decoded(positions, pipeline.quantise.decode(raw, count))
+    transform, select, quantise, code = _stages(payload.pipeline)
+    grid = transform.grid(shape)
+    _check_size(payload, grid, shape)
+    cursor = Cursor(as_buffer(payload.data))
+    if isinstance(select, Indexed):
+        positions = select.read(cursor, math.prod(grid))
+    else:
+        positions = select.positions(name, grid, device)
+    kept = math.prod(grid) if positions is None else positions.numel()
+    parts = blocks(quantise.group, math.prod(grid), None if positions is None else positions.cpu())
+    if isinstance(quantise, Mixed):
+        side = quantise.read_side(cursor, parts)
+        count = quantise.symbol_count(side, parts)
+    else:
+        side = as_tensor(cursor.take(quantise.side_bytes(parts.number)))
+        count = kept * quantise.symbols_per_value
+    symbols = code.decode(cursor, quantise.bits, count)
+    if cursor.left:
+        raise ValueError(f"{cursor.left} bytes are left over for shape {tuple(shape)}")
+    decoded = Decoded(
+        None if positions is None else positions.to(device), quantise.decode(side, symbols, parts).to(device)
+    )
+    if type(transform) is Plain:
+        return decoded
+    return Decoded(None, transform.inverse(decoded.dense(math.prod(grid)).view(grid), shape))
+
+
+def kept_values(payload: Payload, name: str, shape: Sequence[int]) -> int:
+    """Return how many coefficients a payload holds."""
+    transform, select, quantise, code = _stages(payload.pipeline)
+    grid = transform.grid(shape)
+    if isinstance(select, All) or isinstance(quantise, Mixed):
+        return math.prod(grid)
+    if isinstance(select, Indexed):
+        return Cursor(as_buffer(payload.data)).varint()
+    per_value = quantise.bits * quantise.symbols_per_value
+    if isinstance(code, Packed) and not quantise.group and per_value % 8 == 0:
+        return 8 * (payload.data.numel() - quantise.side_bytes(1)) // per_value
+    return select.positions(name, grid).numel()  # the last byte may be half full: only the mask knows
+
+
+def _check_size(payload: Payload, grid: Grid, shape: Sequence[int]) -> None:
+    """Refuse what cannot fit before a mask is drawn, whose cost grows with the tensor and not with the data."""
+    _, select, quantise, code = _stages(payload.pipeline)
+    if not isinstance(code, Packed) or isinstance(select, Indexed) or isinstance(quantise, Mixed):
+        return
+    side = quantise.side_bytes(-(-math.prod(grid) // quantise.group) if quantise.group else 1)
+    least, most = (
+        side + packed_size(count * quantise.symbols_per_value, quantise.bits) for count in select.count_bounds(grid)
+    )
+    if not least <= payload.data.numel() <= most:
+        raise ValueError(f"{payload.data.numel()} bytes where {least} to {most} were expected for shape {tuple(shape)}")
+
+
+def _stages(pipeline: Pipeline) -> tuple[Transform, Select, Quantise, Code]:
+    return pipeline.transform, pipeline.select, pipeline.quantise, pipeline.code
+
+
+def _grid(coefficients: Tensor) -> Grid:
+    return coefficients.shape[0], coefficients.shape[1]

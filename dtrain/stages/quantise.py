@@ -1,16 +1,59 @@
-"""Quantise: how kept values become bytes. Decoded values are in units of the payload's scale."""
+"""Quantise: how kept values become symbols of a few bits. Decoded values are in units of the payload's scale.
+
+A quantiser writes side information (scales of blocks, levels) and symbols; the code stage writes the symbols. A block
+is a run of `group` neighbouring coefficients, whether they are kept or not: a row, where `group` is the row's length.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtrain.errors import InputError
 from dtrain.stages.bits import pack_bits, packed_size, unpack_bits
+
+_NONE = torch.empty(0, dtype=torch.uint8)
+
+
+class Coded(NamedTuple):
+    """What a quantiser makes of values: `side` bytes (uint8), `symbols` (uint8 or int32) and the scale."""
+
+    side: Tensor
+    symbols: Tensor
+    scale: float
+
+
+class Blocks(NamedTuple):
+    """Which block every kept value belongs to.
+
+    Args:
+        ids: int64 of shape (kept,), or None where there is one block.
+        number: How many there are, whether they keep a value or not.
+    """
+
+    ids: Tensor | None
+    number: int
+
+    def spread(self, per_block: Tensor) -> Tensor:
+        """Return one value per kept value from one per block."""
+        return per_block if self.ids is None else per_block[self.ids]
+
+    def gather(self, values: Tensor, how: str) -> Tensor:
+        """Return one float32 per block: the "mean", "amax" or "amin" of its values, 0 where it keeps none."""
+        ids = torch.zeros_like(values, dtype=torch.int64) if self.ids is None else self.ids
+        out = torch.zeros(self.number, dtype=torch.float64, device=values.device)
+        return out.scatter_reduce_(0, ids, values.double(), how, include_self=False).float()
+
+
+def blocks(group: int, numel: int, positions: Tensor | None) -> Blocks:
+    """Return the blocks of `group` coefficients among `numel`; `group=0` makes one block of all."""
+    if not group:
+        return Blocks(None, 1)
+    return Blocks((torch.arange(numel) if positions is None else positions) // group, -(-numel // group))
 
 
 @dataclass(frozen=True)
@@ -23,24 +66,24 @@ class Float16:
     tag: ClassVar[int] = 0
     layout: ClassVar[str] = ""
     dtype: ClassVar[torch.dtype] = torch.float16
-    bits: ClassVar[int] = 16
+    group: ClassVar[int] = 0
+    bits: ClassVar[int] = 8
+    symbols_per_value: ClassVar[int] = 2
 
-    def encode(self, values: Tensor) -> tuple[Tensor, float]:
-        """Return (bytes, scale) of float32 `values` of shape (n,)."""
+    def encode(self, values: Tensor, parts: Blocks) -> Coded:
+        """Quantise float32 `values` of shape (n,)."""
         scale = _power_of_two(values)
-        return (values / scale).to(self.dtype).view(torch.uint8), scale
+        return Coded(_NONE, (values / scale).to(self.dtype).view(torch.uint8), scale)
 
-    def decode(self, data: Tensor, count: int) -> Tensor:
-        """Return float32 values of shape (count,), to be multiplied by the scale."""
-        aligned = torch.empty(
-            count, dtype=self.dtype, device=data.device
-        )  # a payload may start at any byte of the file
-        aligned.view(torch.uint8).copy_(data)
+    def decode(self, side: Tensor, symbols: Tensor, parts: Blocks) -> Tensor:
+        """Return float32 values of shape (n,), to be multiplied by the scale."""
+        aligned = torch.empty(symbols.numel() // 2, dtype=self.dtype)  # a payload may start at any byte of the file
+        aligned.view(torch.uint8).copy_(symbols)
         return aligned.float()
 
-    def size(self, count: int) -> int:
-        """Return the bytes that `count` values take."""
-        return 2 * count
+    def side_bytes(self, count: int) -> int:
+        """Return the bytes of side information of `count` blocks."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -53,25 +96,35 @@ class BFloat16(Float16):
 
 @dataclass(frozen=True)
 class Sign:
-    """One bit a value; the scale starts at the mean magnitude (BitDelta, arXiv 2402.10193, section 3.1)."""
+    """One bit a value; the scale starts at the mean magnitude (BitDelta, arXiv 2402.10193, section 3.1).
 
+    Args:
+        group: Coefficients that share a mean magnitude, stored in half precision; 0 for one scale in all.
+    """
+
+    group: int = 0
     tag: ClassVar[int] = 2
-    layout: ClassVar[str] = ""
+    layout: ClassVar[str] = "I"
     bits: ClassVar[int] = 1
+    symbols_per_value: ClassVar[int] = 1
 
-    def encode(self, values: Tensor) -> tuple[Tensor, float]:
-        """Return (bytes, scale) of float32 `values` of shape (n,)."""
+    def encode(self, values: Tensor, parts: Blocks) -> Coded:
+        """Quantise float32 `values` of shape (n,)."""
+        bits = (values > 0).to(torch.uint8)
+        if self.group:
+            side, _, scale = to_halves(parts.gather(values.abs(), "mean"))
+            return Coded(side, bits, scale)
         # float64 sums differ between thread counts by far less than a float32 scale can show.
-        scale = float(values.abs().double().mean()) if values.numel() else 0.0
-        return pack_bits((values > 0).to(torch.int64), 1), _float32(scale)
+        return Coded(_NONE, bits, _float32(float(values.abs().double().mean()) if values.numel() else 0.0))
 
-    def decode(self, data: Tensor, count: int) -> Tensor:
-        """Return -1 or 1 as float32 of shape (count,)."""
-        return unpack_bits(data, 1, count).float().mul_(2).sub_(1)
+    def decode(self, side: Tensor, symbols: Tensor, parts: Blocks) -> Tensor:
+        """Return -1 or 1, times the block's mean magnitude where there are blocks, as float32 of shape (n,)."""
+        signs = symbols.float().mul_(2).sub_(1)
+        return signs * parts.spread(from_halves(side)) if self.group else signs
 
-    def size(self, count: int) -> int:
-        """Return the bytes that `count` values take."""
-        return packed_size(count, 1)
+    def side_bytes(self, count: int) -> int:
+        """Return the bytes of side information of `count` blocks."""
+        return 2 * count if self.group else 0
 
 
 @dataclass(frozen=True)
@@ -80,11 +133,14 @@ class Uniform:
 
     Args:
         bits: Bits per value, 2 to 16.
+        group: Coefficients that share a step, stored in half precision; 0 for one step in all.
     """
 
     bits: int
+    group: int = 0
     tag: ClassVar[int] = 3
-    layout: ClassVar[str] = "B"
+    layout: ClassVar[str] = "BI"
+    symbols_per_value: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 16:
@@ -95,19 +151,115 @@ class Uniform:
         """The greatest code."""
         return (1 << (self.bits - 1)) - 1
 
-    def encode(self, values: Tensor) -> tuple[Tensor, float]:
-        """Return (bytes, scale) of float32 `values` of shape (n,)."""
-        step = _float32(_greatest(values) / self.top) or 1.0
-        codes = (values / step).round_().clamp_(-self.top, self.top).long() + self.top
-        return pack_bits(codes, self.bits), step
+    def encode(self, values: Tensor, parts: Blocks) -> Coded:
+        """Quantise float32 `values` of shape (n,)."""
+        side, scale = _NONE, _float32(_greatest(values) / self.top) or 1.0
+        step = torch.tensor(scale)
+        if self.group:
+            side, halves, scale = to_halves(parts.gather(values.abs(), "amax") / self.top)
+            step = parts.spread(halves) * scale
+        codes = (values / step.where(step != 0, 1.0)).round_().clamp_(-self.top, self.top)
+        return Coded(side, _symbols(codes + self.top, self.bits), scale)
 
-    def decode(self, data: Tensor, count: int) -> Tensor:
-        """Return codes as float32 of shape (count,)."""
-        return unpack_bits(data, self.bits, count).sub_(self.top).float()
+    def decode(self, side: Tensor, symbols: Tensor, parts: Blocks) -> Tensor:
+        """Return codes, times the block's step where there are blocks, as float32 of shape (n,)."""
+        codes = symbols.float().sub_(self.top)
+        return codes * parts.spread(from_halves(side)) if self.group else codes
 
-    def size(self, count: int) -> int:
-        """Return the bytes that `count` values take."""
-        return packed_size(count, self.bits)
+    def side_bytes(self, count: int) -> int:
+        """Return the bytes of side information of `count` blocks."""
+        return 2 * count if self.group else 0
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Asymmetric uniform quantiser: value = step * (code - zero), with the integer code `zero` for 0.
+
+    The range of a block is stretched to hold 0, so that 0 has a code.
+
+    Args:
+        bits: Bits per value, 1 to 16.
+        group: Coefficients that share a step (in half precision) and a zero; 0 for one of each in all.
+    """
+
+    bits: int
+    group: int = 0
+    tag: ClassVar[int] = 6
+    layout: ClassVar[str] = "BI"
+    symbols_per_value: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 16:
+            raise InputError(f"`bits` must be in [1, 16], got {self.bits}.")
+
+    def encode(self, values: Tensor, parts: Blocks) -> Coded:
+        """Quantise float32 `values` of shape (n,)."""
+        top = (1 << self.bits) - 1
+        low, high = parts.gather(values, "amin").clamp_max(0), parts.gather(values, "amax").clamp_min(0)
+        halves, step, scale = to_halves((high - low) / top)
+        if not self.group:
+            scale, halves = _float32(float(high - low) / top) or 1.0, _NONE
+            step = torch.ones(1)
+        step = (step * scale).where(step != 0, 1.0)
+        zero = (-low / step).round().clamp(0, top)
+        codes = (values / parts.spread(step)).round_().add_(parts.spread(zero)).clamp_(0, top)
+        return Coded(torch.cat([halves, pack_bits(zero.long(), self.bits)]), _symbols(codes, self.bits), scale)
+
+    def decode(self, side: Tensor, symbols: Tensor, parts: Blocks) -> Tensor:
+        """Return code - zero, times the block's step where there are blocks, as float32 of shape (n,)."""
+        at = 2 * parts.number if self.group else 0
+        codes = symbols.float() - parts.spread(unpack_bits(side[at:], self.bits, parts.number).float())
+        return codes * parts.spread(from_halves(side[:at])) if self.group else codes
+
+    def side_bytes(self, count: int) -> int:
+        """Return the bytes of side information of `count` blocks."""
+        return packed_size(count, self.bits) + (2 * count if self.group else 0)
+
+
+@dataclass(frozen=True)
+class DeadZone:
+    """Dead-zone quantiser: level |c| = floor(|v| + 1 - zone), each level with its own mean magnitude as its value.
+
+    Values come in units of the step; |v| < zone becomes 0. Meant for an entropy coder: most symbols are 0.
+
+    Args:
+        zone: Half the width of the zero bin in steps, in (0, 2]; 0.5 makes all bins equal. Decoding does not need it.
+        top: The greatest level, 1 to 127; greater magnitudes are cut.
+    """
+
+    zone: float
+    top: int
+    tag: ClassVar[int] = 5
+    layout: ClassVar[str] = "dB"
+    group: ClassVar[int] = 0
+    symbols_per_value: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not (0 < self.zone <= 2 and 1 <= self.top <= 127):
+            raise InputError(f"`zone` must be in (0, 2] and `top` in [1, 127], got {self.zone} and {self.top}.")
+
+    @property
+    def bits(self) -> int:
+        """Bits per symbol before entropy coding."""
+        return (2 * self.top).bit_length()
+
+    def encode(self, values: Tensor, parts: Blocks) -> Coded:
+        """Quantise float32 `values` of shape (n,), given in units of the step."""
+        level = (values.abs() + (1 - self.zone)).floor_().clamp_(0, self.top).long()
+        means = Blocks(level, self.top + 1).gather(values.abs(), "mean")[1:]
+        side, _, scale = to_halves(means)
+        return Coded(side, (level * values.sign().long() + self.top).to(torch.uint8), scale)
+
+    def decode(self, side: Tensor, symbols: Tensor, parts: Blocks) -> Tensor:
+        """Return the signed mean magnitude of every level as float32 of shape (n,)."""
+        positive = from_halves(side)
+        if symbols.numel() and int(symbols.max()) > 2 * self.top:
+            raise ValueError(f"symbol {int(symbols.max())} where {2 * self.top} is the greatest")
+        return torch.cat([-positive.flip(0), torch.zeros(1), positive])[symbols.long()]
+
+    def side_bytes(self, count: int) -> int:
+        """Return the bytes of side information: one number a level."""
+        return 2 * self.top
 
 
 @dataclass(frozen=True)
@@ -121,32 +273,32 @@ class Bits:
     width: int
     tag: ClassVar[int] = 4
     layout: ClassVar[str] = "B"
+    group: ClassVar[int] = 0
+    bits: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
         if self.width not in (1, 2, 4, 8, 16):
             raise InputError(f"`width` must be 1, 2, 4, 8 or 16 bytes, got {self.width}.")
 
     @property
-    def bits(self) -> int:
-        """Bits per value."""
-        return 8 * self.width
+    def symbols_per_value(self) -> int:
+        """Bytes per value."""
+        return self.width
 
-    def encode(self, values: Tensor) -> tuple[Tensor, float]:
-        """Return (bytes, 1) of uint8 `values` of shape (n * width,), value by value."""
-        return values.view(-1, self.width).t().contiguous().view(-1), 1.0
+    def encode(self, values: Tensor, parts: Blocks) -> Coded:
+        """Return the planes of uint8 `values` of shape (n * width,), given value by value."""
+        return Coded(_NONE, values.view(-1, self.width).t().contiguous().view(-1), 1.0)
 
-    def decode(self, data: Tensor, count: int) -> Tensor:
-        """Return uint8 of shape (count * width,), value by value."""
-        return data.view(self.width, count).t().contiguous().view(-1)
+    def decode(self, side: Tensor, symbols: Tensor, parts: Blocks) -> Tensor:
+        """Return uint8 of shape (n * width,), value by value."""
+        return symbols.view(self.width, -1).t().contiguous().view(-1)
 
-    def size(self, count: int) -> int:
-        """Return the bytes that `count` values take."""
-        return self.width * count
+    def side_bytes(self, count: int) -> int:
+        """Return the bytes of side information of `count` blocks."""
+        return 0
 
 
-Quantise = Float16 | BFloat16 | Sign | Uniform | Bits
-
-VALUES: dict[str, Quantise] = {
+VALUES: dict[str, Float16 | BFloat16 | Sign | Uniform] = {
     "float16": Float16(),
     "bfloat16": BFloat16(),
     "uniform8": Uniform(8),
@@ -156,11 +308,26 @@ VALUES: dict[str, Quantise] = {
 }
 
 
-def value_format(name: str) -> Quantise:
+def value_format(name: str) -> Float16 | BFloat16 | Sign | Uniform:
     """Return the quantiser that `values=name` of a method stands for."""
     if name not in VALUES:
         raise InputError(f"`values` must be one of {', '.join(VALUES)}, got {name!r}.")
     return VALUES[name]
+
+
+def _symbols(codes: Tensor, bits: int) -> Tensor:
+    return codes.to(torch.uint8 if bits <= 8 else torch.int32)
+
+
+def to_halves(values: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return (bytes, float32 values as they will be read, scale) of values stored in half precision."""
+    _, data, scale = Float16().encode(values, Blocks(None, 1))
+    return data, from_halves(data), scale
+
+
+def from_halves(data: Tensor) -> Tensor:
+    """Return float32 values, in units of the scale, of half-precision bytes."""
+    return Float16().decode(_NONE, data, Blocks(None, 1))
 
 
 def _greatest(values: Tensor) -> float:

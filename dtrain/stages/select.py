@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dtrain.errors import InputError
 from dtrain.stages.philox import stream_key, words
+from dtrain.stages.transform import Grid
 
 _GAP_TABLE = 1024  # gaps are drawn as 1024 * high + low, so that both tables stay short at any keep rate
 _ONE = 1 << 128  # fixed point of the tables: exact to 2**-32 after any number of products we make
@@ -26,12 +27,12 @@ class All:
     tag: ClassVar[int] = 0
     layout: ClassVar[str] = ""
 
-    def positions(self, name: str, numel: int, device: torch.device | str = "cpu") -> None:
+    def positions(self, name: str, grid: Grid, device: torch.device | str = "cpu") -> None:
         """Return None: no positions are needed where all are kept."""
 
-    def count_bounds(self, numel: int) -> tuple[int, int]:
+    def count_bounds(self, grid: Grid) -> tuple[int, int]:
         """Return the least and the greatest number of kept positions."""
-        return numel, numel
+        return math.prod(grid), math.prod(grid)
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ class Bernoulli:
     layout: ClassVar[str] = "dQ"
 
     def __post_init__(self) -> None:
-        _check(self.keep, self.seed)
+        check_mask(self.keep, self.seed)
 
-    def positions(self, name: str, numel: int, device: torch.device | str = "cpu") -> Tensor:
-        """Return the kept positions of the tensor called `name`: int64, ascending, all less than `numel`."""
+    def positions(self, name: str, grid: Grid, device: torch.device | str = "cpu") -> Tensor:
+        """Return the kept positions of the tensor called `name`: int64, ascending, all less than rows * columns."""
+        numel = math.prod(grid)
         key = stream_key(self.seed, name)
         low, high = (table.to(device) for table in _gap_tables(self.keep))
         found: list[Tensor] = []
@@ -72,8 +74,9 @@ class Bernoulli:
         joined = torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=device)
         return joined[: int(torch.searchsorted(joined, numel))]
 
-    def count_bounds(self, numel: int) -> tuple[int, int]:
+    def count_bounds(self, grid: Grid) -> tuple[int, int]:
         """Return counts outside which no honest mask falls (12 standard deviations)."""
+        numel = math.prod(grid)
         slack = 12 * math.sqrt(numel * self.keep) + 12
         return max(0, math.floor(numel * self.keep - slack)), min(numel, math.ceil(numel * self.keep + slack))
 
@@ -98,17 +101,18 @@ class Stratified:
     layout: ClassVar[str] = "dQ"
 
     def __post_init__(self) -> None:
-        _check(self.keep, self.seed)
+        check_mask(self.keep, self.seed)
 
-    def positions(self, name: str, numel: int, device: torch.device | str = "cpu") -> Tensor:
-        """Return the kept positions of the tensor called `name`: int64, ascending, all less than `numel`."""
+    def positions(self, name: str, grid: Grid, device: torch.device | str = "cpu") -> Tensor:
+        """Return the kept positions of the tensor called `name`: int64, ascending, all less than rows * columns."""
+        numel = math.prod(grid)
         rate = min(self.keep, 1 - self.keep)
         # Division and rounding of binary64 are exact by IEEE 754, so this integer is the same everywhere.
         stride = round((1 << _STRIDE_BITS) / rate)
         cells = -(-(numel << _STRIDE_BITS) // stride)
         draw = words(stream_key(self.seed, name), 0, -(-cells // 4) * 4, device)[:cells]
         start = torch.arange(cells, dtype=torch.int64, device=device) * stride
-        drawn = (start + _scaled(draw, stride)) >> _STRIDE_BITS
+        drawn = (start + scaled(draw, stride)) >> _STRIDE_BITS
         drawn = cast("Tensor", torch.unique_consecutive(drawn[drawn < numel]))
         if self.keep <= 0.5:
             return drawn
@@ -116,18 +120,16 @@ class Stratified:
         kept[drawn] = False
         return kept.nonzero().view(-1)
 
-    def count_bounds(self, numel: int) -> tuple[int, int]:
+    def count_bounds(self, grid: Grid) -> tuple[int, int]:
         """Return the least and the greatest number of kept positions."""
+        numel = math.prod(grid)
         rate = min(self.keep, 1 - self.keep)
         most = min(numel, math.ceil(numel * rate * (1 + 2.0**-10)) + 1)
         least = max(0, most // 2 - 2)  # a border has two cells; the last may draw past the end
         return (least, most) if self.keep <= 0.5 else (numel - most, numel - least)
 
 
-Select = All | Bernoulli | Stratified
-
-
-def random_mask(kind: str, keep: float, seed: int) -> Select:
+def random_mask(kind: str, keep: float, seed: int) -> All | Bernoulli | Stratified:
     """Return the selection called `kind` ("bernoulli" or "stratified") at rate `keep`; `keep=1` is everything."""
     if kind not in ("bernoulli", "stratified"):
         raise InputError(f"`mask` must be 'bernoulli' or 'stratified', got {kind!r}.")
@@ -136,14 +138,15 @@ def random_mask(kind: str, keep: float, seed: int) -> Select:
     return Bernoulli(keep, seed) if kind == "bernoulli" else Stratified(keep, seed)
 
 
-def _check(keep: float, seed: int) -> None:
+def check_mask(keep: float, seed: int) -> None:
+    """Refuse a keep rate or a seed that a file cannot hold."""
     if not MIN_KEEP <= keep < 1:
         raise InputError(f"`keep` must be in [2**-24, 1], got {keep}. Use keep=0.01 to keep 1 % of the delta.")
     if not 0 <= seed < 1 << 64:
         raise InputError(f"`seed` must be in [0, 2**64), got {seed}.")
 
 
-def _scaled(draw: Tensor, stride: int) -> Tensor:
+def scaled(draw: Tensor, stride: int) -> Tensor:
     """Return floor(draw * stride / 2**32) without leaving 63 bits: `stride` may have 37."""
     high, low = stride >> 16, stride & 0xFFFF
     return (draw * high + ((draw * low) >> 16)) >> 16

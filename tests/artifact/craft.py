@@ -5,8 +5,8 @@ import json
 import struct
 import zlib
 
-ALL, FLOAT16, PACKED, ZSTD = b"\0", b"\0", b"\0", b"\1"
-F16 = ALL + FLOAT16 + PACKED
+PLAIN, ALL, FLOAT16, PACKED, ZSTD, RANS = b"\0", b"\0", b"\0", b"\0", b"\1", b"\2"
+INDEXED = b"\5"
 
 
 def varint(value):
@@ -21,12 +21,59 @@ def listing(items):
     return varint(len(items)) + b"".join(items)
 
 
+def pipeline(transform=PLAIN, select=ALL, quantise=FLOAT16, code=PACKED):
+    return transform + select + quantise + code
+
+
+F16 = pipeline()
+
+
 def bernoulli(keep, seed=0):
     return b"\1" + struct.pack("<dQ", keep, seed)
 
 
 def bits(width):
     return b"\4" + bytes([width])
+
+
+def dct(patch):
+    return b"\1" + bytes([patch])
+
+
+def low_rank(rank, first=0):
+    return b"\2" + struct.pack("<II", rank, first)
+
+
+def groups(size, kept, seed=0):
+    return b"\3" + struct.pack("<IIQ", size, kept, seed)
+
+
+def units(unit, block, keep, seed=0):
+    return b"\4" + struct.pack("<BIdQ", unit, block, keep, seed)
+
+
+def sign(group=0):
+    return b"\2" + struct.pack("<I", group)
+
+
+def uniform(width, group=0):
+    return b"\3" + struct.pack("<BI", width, group)
+
+
+def dead_zone(zone, top):
+    return b"\5" + struct.pack("<dB", zone, top)
+
+
+def affine(width, group=0):
+    return b"\6" + struct.pack("<BI", width, group)
+
+
+def mixed(group, fill=1):
+    return b"\7" + struct.pack("<IB", group, fill)
+
+
+def parts(high):
+    return b"\3" + bytes([high])
 
 
 def kind(role=0, dtype=0, shape=(2,), pipelines=(0,)):

@@ -3,16 +3,15 @@
 Standard library and zstandard only: no torch, no numpy, nothing of dtrain. Every check is an `assert`.
 """
 
-import bisect
 import hashlib
 import json
 import math
 import struct
 import zlib
 from collections import namedtuple
-from itertools import accumulate, count, pairwise, repeat, takewhile
+from itertools import pairwise
 
-import zstandard
+from tests.artifact.reference_stages import Payload, Reader, check_pipeline, decode, single
 
 ADD, XOR, WHOLE, SAME, DROP, BASE_ONLY = range(6)
 WIDTHS = {  # bytes per value, in the order of the dtypes' numbers
@@ -21,38 +20,16 @@ WIDTHS = {  # bytes per value, in the order of the dtypes' numbers
     "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
 }  # fmt: skip
 DTYPES = list(WIDTHS)
-MASK = 0xFFFFFFFF
+EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-52}
+STAGES = (  # the parameters of every transform, select, quantise and code
+    ("", "B", "II", ""),
+    ("", "dQ", "dQ", "IIQ", "BIdQ", ""),
+    ("", "", "I", "BI", "B", "dB", "BI", "IB"),
+    ("", "", "", "B"),
+)
 
-
-# A stage is its tag and its parameters: (1, 0.25, 7) is bernoulli with keep 0.25 and seed 7.
-Payload = namedtuple("Payload", "select quantise code scale data")
 Record = namedtuple("Record", "name role dtype shape digest payloads")
 File = namedtuple("File", "provenance fingerprint records")
-
-
-class Reader:
-    """Takes bytes from the front, never past the end."""
-
-    def __init__(self, data):
-        self.data, self.at = data, 0
-
-    def take(self, size):
-        assert self.at + size <= len(self.data), "ends early"
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def unpack(self, form):
-        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
-
-    def varint(self):
-        value = 0
-        for shift in range(0, 64, 7):
-            byte = self.unpack("B")
-            value |= (byte & 127) << shift
-            if byte < 128:
-                assert byte or not shift, "overlong varint"
-                return value
-        raise AssertionError("varint of more than 64 bits")
 
 
 def canonical(value):
@@ -88,14 +65,14 @@ def parse_manifest(manifest, payload):
     reader = Reader(manifest)
     varint, unpack = reader.varint, reader.unpack
     fingerprint = reader.take(32)
-    selects, quantises, codes = ("", "dQ", "dQ"), ("", "", "", "B", "B"), ("", "")
     pipelines = []
     for _ in range(varint()):
         stages = []
-        for forms in (selects, quantises, codes):
+        for forms in STAGES:
             tag = unpack("B")
             assert tag < len(forms)
             stages.append((tag, *map(unpack, forms[tag])))
+        check_pipeline(*stages)
         pipelines.append(stages)
     kinds = []
     for _ in range(varint()):
@@ -138,96 +115,9 @@ def check_kind(role, dtype, shape, pipelines):
     if role >= SAME:
         assert not pipelines
     if role in (XOR, WHOLE):
-        ((select, quantise, code),) = pipelines
+        ((_, _, quantise, code),) = pipelines
         assert quantise == (4, WIDTHS[dtype])
-        assert role == XOR or (select == (0,) and code == (0,))
-
-
-def philox(counter, key):
-    """Philox4x32-10 (Salmon et al., SC 2011): four counter words and two key words give four words."""
-    a, b, c, d = counter
-    k, m = key
-    for _ in range(10):
-        high, low = divmod(0xD2511F53 * a, 1 << 32)
-        top, end = divmod(0xCD9E8D57 * c, 1 << 32)
-        a, b, c, d = top ^ b ^ k, end, high ^ d ^ m, low
-        k, m = k + 0x9E3779B9 & MASK, m + 0xBB67AE85 & MASK
-    return a, b, c, d
-
-
-def words(seed, name, first=0):
-    """w(first), w(first + 1), ..."""
-    key = struct.unpack("<II", hashlib.sha256(struct.pack("<Q", seed) + name.encode()).digest()[:8])
-    for block in count(first // 4):
-        out = philox((block & MASK, block >> 32, 0, 0), key)
-        yield from out[max(0, first - 4 * block) :]
-
-
-def positions(select, name, numel):
-    """The ascending positions that have values."""
-    tag, *parameters = select
-    if tag == 0:
-        return range(numel)
-    keep, seed = parameters
-    assert 0 < keep < 1
-    return list((bernoulli if tag == 1 else stratified)(keep, words(seed, name), numel))
-
-
-def bernoulli(keep, word, numel):
-    one = 1 << 128
-    miss = one - math.floor(math.ldexp(keep, 80)) * (1 << 48)
-    power = list(accumulate(repeat(miss, 1024), lambda p, m: p * m >> 128, initial=one))
-    cut = power[1024]
-    low = [-(((p - cut) << 32) // (one - cut)) for p in power[1:1024]]
-    tail = accumulate(repeat(cut), lambda t, c: t * c >> 128)
-    high = [-h for h in takewhile(lambda h: h > 0, (t >> 96 for t in tail))]
-    position = -1
-    while True:  # both tables are ascending after the change of sign: bisect counts the entries below -w
-        fine, coarse = next(word), next(word)
-        position += 1 + 1024 * bisect.bisect_left(high, -coarse) + bisect.bisect_left(low, -fine)
-        if position >= numel:
-            return
-        yield position
-
-
-def stratified(keep, word, numel):
-    rate = min(keep, 1 - keep)
-    stride = round(4096 / rate)
-    starts = takewhile(lambda start: start < 4096 * numel, count(0, stride))
-    draws = {(start + (w * stride >> 32)) >> 12 for start, w in zip(starts, word, strict=False)}
-    return sorted(set(range(numel)) - draws if keep > 0.5 else {draw for draw in draws if draw < numel})
-
-
-def values(payload: Payload, size: int) -> list:
-    """The values of `size` positions; whole numbers for `bits`."""
-    (tag, *parameters), data = payload.quantise, payload.data
-    bits = (16, 16, 1, parameters[0] if tag == 3 else None, 8 * parameters[0] if tag == 4 else None)[tag]
-    expected = (bits * size + 7) // 8
-    if payload.code == (1,):
-        assert zstandard.get_frame_parameters(data, zstandard.FORMAT_ZSTD1).content_size == expected
-        stream = zstandard.ZstdDecompressor().decompressobj()
-        data = stream.decompress(data)
-        assert stream.eof
-        assert not stream.unused_data
-    assert len(data) == expected
-    if tag == 0:
-        return list(struct.unpack(f"<{size}e", data))
-    if tag == 1:
-        return [struct.unpack("<f", b"\0\0" + data[2 * i : 2 * i + 2])[0] for i in range(size)]
-    if tag == 4:
-        return [int.from_bytes(data[i::size], "little") for i in range(size)]
-    whole = int.from_bytes(data, "little")
-    assert whole >> bits * size == 0
-    codes = [whole >> bits * i & (1 << bits) - 1 for i in range(size)]
-    return [2 * code - 1 for code in codes] if tag == 2 else [code - (2 ** (bits - 1) - 1) for code in codes]
-
-
-def single(value):
-    """Rounds to float32."""
-    try:
-        return struct.unpack("<f", struct.pack("<f", value))[0]
-    except OverflowError:
-        return math.copysign(math.inf, value)
+        assert role == XOR or code == (0,)
 
 
 def to_bytes(value, dtype):
@@ -253,10 +143,7 @@ def rebuild(record: Record, base: bytes | None) -> bytes | None:
         return None
     if record.role in (SAME, DROP):
         return base
-    decoded = []
-    for payload in record.payloads:
-        where = positions(payload.select, record.name, numel)
-        decoded.append((payload.scale, dict(zip(where, values(payload, len(where)), strict=True))))
+    decoded = [(payload.scale, decode(payload, record.name, record.shape)) for payload in record.payloads]
     out = []
     for i in range(numel):
         old = base[width * i : width * (i + 1)] if record.role != WHOLE else bytes(width)
@@ -264,11 +151,32 @@ def rebuild(record: Record, base: bytes | None) -> bytes | None:
             rounded = float if record.dtype == "float64" else single
             total = from_bytes(old, record.dtype)
             for scale, found in decoded:
-                total = rounded(total + rounded(scale * found.get(i, 0)))
+                total = rounded(total + rounded(scale * found[i])) if i in found else total
             out.append(to_bytes(total, record.dtype))
         else:
-            out.append((int.from_bytes(old, "little") ^ decoded[0][1].get(i, 0)).to_bytes(width, "little"))
+            out.append((int.from_bytes(old, "little") ^ decoded[0][1][i]).to_bytes(width, "little"))
     return b"".join(out)
+
+
+def exact(record: Record) -> bool:
+    """Whether two readers must agree in every bit: block_dct and low_rank leave the order of a sum open."""
+    return all(payload.transform[0] in (0, 3) for payload in record.payloads)
+
+
+def agrees(record: Record, base: bytes | None, found: bytes | None) -> bool:
+    """Whether `found` is the fine-tuned tensor: bit for bit, or to the last place where no more is promised."""
+    expected = rebuild(record, base)
+    if exact(record) or expected is None or found is None:
+        return found == expected
+    width, reach = WIDTHS[record.dtype], 0.0
+    for payload in record.payloads:
+        values = decode(payload, record.name, record.shape).values()
+        reach += abs(payload.scale) * max(map(abs, values), default=0.0)  # a sum may cancel: its terms set the place
+    for i in range(0, len(expected), width):
+        want, have, old = (from_bytes(data[i : i + width], record.dtype) for data in (expected, found, base))
+        if abs(want - have) > EPSILON[record.dtype] * (abs(old) + reach) + EPSILON["float32"] * reach:
+            return False
+    return len(found) == len(expected)
 
 
 def digest(dtype: str, shape, data: bytes) -> bytes:

@@ -11,7 +11,7 @@ import dtrain
 from dtrain import ArtifactError, Dare, Lossless
 from dtrain.artifact import unpack_file
 from tests.artifact import craft, reference_decoder
-from tests.artifact.craft import build, kind, manifest, record, varint
+from tests.artifact.craft import build, kind, manifest, pipeline, record, varint
 from tests.methods.settings import bytes_of, tiny
 
 
@@ -117,6 +117,50 @@ def test_bad_headers_are_refused(raw):
         unpack_file(raw)
 
 
+PIPELINES = {
+    "unknown transform": {"transform": b"\x04"},
+    "unknown select": {"select": b"\x09"},
+    "unknown quantise": {"quantise": b"\x08"},
+    "unknown code": {"code": b"\x04"},
+    "patch of 1": {"transform": craft.dct(1)},
+    "patch of 129": {"transform": craft.dct(129)},
+    "rank of 0": {"transform": craft.low_rank(0)},
+    "keep of zero": {"select": craft.bernoulli(0.0)},
+    "keep of one": {"select": craft.bernoulli(1.0)},
+    "keep NaN": {"select": craft.bernoulli(float("nan"))},
+    "group of 1": {"select": craft.groups(1, 1)},
+    "group of 65537": {"select": craft.groups(65537, 1)},
+    "group keeps none": {"select": craft.groups(8, 0)},
+    "group keeps all": {"select": craft.groups(8, 8)},
+    "unit 3": {"select": craft.units(3, 1, 0.5)},
+    "row of 2": {"select": craft.units(0, 2, 0.5)},
+    "block of 0": {"select": craft.units(2, 0, 0.5)},
+    "block of 1025": {"select": craft.units(2, 1025, 0.5)},
+    "units keep NaN": {"select": craft.units(0, 1, float("nan"))},
+    "groups of patches": {"transform": craft.dct(8), "select": craft.groups(8, 1)},
+    "units of factors": {"transform": craft.low_rank(1), "select": craft.units(0, 1, 0.5)},
+    "uniform of 1 bit": {"quantise": craft.uniform(1)},
+    "uniform of 17 bits": {"quantise": craft.uniform(17)},
+    "affine of 0 bits": {"quantise": craft.affine(0)},
+    "affine of 17 bits": {"quantise": craft.affine(17)},
+    "width of 3": {"quantise": craft.bits(3)},
+    "bits behind a mask": {"select": craft.bernoulli(0.5), "quantise": craft.bits(4)},
+    "bits transformed": {"transform": b"\3", "quantise": craft.bits(4)},
+    "zone of 0": {"quantise": craft.dead_zone(0.0, 3)},
+    "zone NaN": {"quantise": craft.dead_zone(float("nan"), 3)},
+    "top of 0": {"quantise": craft.dead_zone(0.5, 0)},
+    "top of 128": {"quantise": craft.dead_zone(0.5, 128)},
+    "mixed groups of 0": {"quantise": craft.mixed(0)},
+    "mixed without patches": {"quantise": craft.mixed(64)},
+    "mixed with other patches": {"transform": craft.dct(4), "quantise": craft.mixed(64)},
+    "mixed behind a mask": {"transform": craft.dct(8), "select": craft.INDEXED, "quantise": craft.mixed(64)},
+    "fill of 2": {"transform": craft.dct(8), "quantise": craft.mixed(64, 2)},
+    "rans of 13 bits": {"quantise": craft.uniform(13), "code": craft.RANS},
+    "parts of 0 bits": {"quantise": craft.affine(4), "code": craft.parts(0)},
+    "parts of 9 bits": {"quantise": craft.affine(16), "code": craft.parts(9)},
+    "parts of more bits than there are": {"quantise": craft.affine(4), "code": craft.parts(5)},
+    "parts of another quantiser": {"quantise": craft.uniform(4), "code": craft.parts(1)},
+}
 MANIFESTS = {
     "empty": b"",
     "fingerprint only": bytes(32),
@@ -125,29 +169,22 @@ MANIFESTS = {
     "endless number": bytes(32) + b"\x80" * 20,
     "64-bit number": bytes(32) + varint(2**64 - 1),
     "a million pipelines": bytes(32) + varint(10**6),
-    "unknown select": manifest([b"\x09" + craft.FLOAT16 + craft.PACKED]),
-    "unknown quantise": manifest([craft.ALL + b"\x09" + craft.PACKED]),
-    "unknown code": manifest([craft.ALL + craft.FLOAT16 + b"\x09"]),
-    "keep of zero": manifest([craft.bernoulli(0.0) + b"\0\0"]),
-    "keep of one": manifest([craft.bernoulli(1.0) + b"\0\0"]),
-    "keep NaN": manifest([craft.bernoulli(float("nan")) + b"\0\0"]),
-    "17 bits": manifest([craft.ALL + b"\3\x11" + craft.PACKED]),
-    "width of 3": manifest([craft.ALL + craft.bits(3) + craft.PACKED], [kind(role=1)]),
+    **{name: manifest([pipeline(**stages)]) for name, stages in PIPELINES.items()},
     "unknown role": manifest(kinds=[kind(role=6)]),
     "unknown dtype": manifest(kinds=[kind(dtype=19)]),
     "rank of 65": manifest(kinds=[kind(shape=[1] * 65)]),
     "huge shape": manifest(kinds=[kind(shape=[2**40, 2**40])]),
     "huge shape times zero": manifest(kinds=[kind(shape=[2**40, 2**40, 0])]),
     "added to integers": manifest(kinds=[kind(dtype=8)]),
-    "added bits": manifest([craft.ALL + craft.bits(4) + craft.PACKED]),
+    "added bits": manifest([craft.pipeline(quantise=craft.bits(4))]),
     "xor without payload": manifest(kinds=[kind(role=1, pipelines=())], records=[record(data=())]),
     "xor of floats": manifest(kinds=[kind(role=1)]),
-    "xor of another width": manifest([craft.ALL + craft.bits(2) + craft.PACKED], [kind(role=1)]),
-    "xor behind a mask": manifest([craft.bernoulli(0.5) + craft.bits(4) + craft.PACKED], [kind(role=1, shape=[1])]),
-    "whole behind a mask": manifest(
-        [craft.bernoulli(0.5) + craft.bits(4) + craft.PACKED], [kind(role=2, shape=[1])], [record(digest=b"")]
+    "xor of another width": manifest([craft.pipeline(quantise=craft.bits(2))], [kind(role=1)]),
+    "rank beyond the sides": manifest([pipeline(craft.low_rank(1, 1))]),
+    "rank of an empty tensor": manifest([pipeline(craft.low_rank(1))], [kind(shape=[0, 5])]),
+    "whole, coded": manifest(
+        [craft.pipeline(quantise=craft.bits(4), code=craft.ZSTD)], [kind(role=2)], [record(digest=b"")]
     ),
-    "whole, coded": manifest([craft.ALL + craft.bits(4) + craft.ZSTD], [kind(role=2)], [record(digest=b"")]),
     "same with payload": manifest(kinds=[kind(role=3)]),
     "pipeline beyond the list": manifest(kinds=[kind(pipelines=[1])]),
     "kind beyond the list": manifest(records=[record(kind=1)]),
@@ -172,7 +209,7 @@ def test_bad_manifests_are_refused(table):
 
 
 def test_a_digest_of_whole_tensors_is_not_there():
-    table = manifest([craft.ALL + craft.bits(4) + craft.PACKED], [kind(role=2, shape=[1])], [record(digest=b"")])
+    table = manifest([craft.pipeline(quantise=craft.bits(4))], [kind(role=2, shape=[1])], [record(digest=b"")])
     assert unpack_file(build(table)).records[0].digest == b""
 
 
@@ -191,36 +228,59 @@ def test_names_do_not_explode():
     assert peak < 20 * len(raw)
 
 
-def applied(payload, pipeline=craft.F16, **options):
+def applied(payload, stages=craft.F16, **options):
     base = {"w": torch.zeros(2)}
     digest = reference_decoder.digest("float32", [2], bytes(8))
-    table = manifest([pipeline], [kind(**options)], [record(data=[payload], digest=digest[:8])])
+    table = manifest([stages], [kind(**options)], [record(data=[payload], digest=digest[:8])])
     name = b"\1\0\0\0w"
     table = hashlib.sha256(name + digest).digest() + table[32:]
     return dtrain.Delta(unpack_file(build(table, payload))).state_dict(base)["w"].tolist()
 
 
 FRAME = bytes.fromhex("28b52ffd20042100000000") + b"\0<"
-
-
-def test_a_good_payload_applies():
-    assert applied(b"\0\0\0\x3c") == [0.0, 1.0]
+ZSTD, RANS = pipeline(code=craft.ZSTD), pipeline(quantise=craft.uniform(2), code=craft.RANS)
+INDEXED, PARTS = pipeline(select=craft.INDEXED), pipeline(quantise=craft.affine(2), code=craft.parts(1))
+# Precision 1, two shares of 1, one word: symbols 0 and 1, which uniform reads as -1 and 0.
+STREAM = b"\1\2\1\1" + b"\1" + (1 << 24).to_bytes(4, "little")
 
 
 @pytest.mark.parametrize(
-    ("payload", "pipeline"),
+    ("payload", "stages", "values"),
+    [
+        (b"\0\0\0\x3c", craft.F16, [0.0, 1.0]),
+        (FRAME, ZSTD, [0.0, 1.0]),
+        (STREAM, RANS, [-1.0, 0.0]),
+        (b"\1\0\1" + b"\0\2\0\1\1\1\0\0\0" + b"\0\x3c", INDEXED, [0.0, 1.0]),
+        (b"\0", INDEXED, [0.0, 0.0]),
+        (b"\1" + STREAM + b"\1" + b"\0", PARTS, [0.0, 1.0]),
+    ],
+    ids=["packed", "zstd", "rans", "indexed", "none indexed", "parts"],
+)
+def test_good_payloads_apply(payload, stages, values):
+    """Written by hand from FORMAT.md."""
+    assert applied(payload, stages) == values
+
+
+@pytest.mark.parametrize(
+    ("payload", "stages"),
     [
         (b"", craft.F16),
         (b"\0\0\0", craft.F16),
         (b"\0\0\0\0\0\0", craft.F16),
-        (b"\xff", craft.ALL + b"\2" + craft.PACKED),  # two signs and six bits that must be zero
-        (b"", craft.ALL + craft.FLOAT16 + craft.ZSTD),
-        (b"no frame", craft.ALL + craft.FLOAT16 + craft.ZSTD),
-        (FRAME[:8], craft.ALL + craft.FLOAT16 + craft.ZSTD),
-        (FRAME + b"x", craft.ALL + craft.FLOAT16 + craft.ZSTD),
+        (b"\xff", pipeline(quantise=craft.sign())),  # two signs and six bits that must be zero
+        (b"", ZSTD),
+        (b"no frame", ZSTD),
+        (FRAME[:8], ZSTD),
+        (FRAME + b"x", ZSTD),
+        (b"", RANS),
+        (STREAM[:-1], RANS),
+        (STREAM + b"\0", RANS),
+        (b"", INDEXED),
+        (b"\3\0\3", INDEXED),
     ],
-    ids=["none", "too few", "too many", "filled", "no bytes", "no frame", "cut frame", "bytes behind the frame"],
+    ids=["none", "too few", "too many", "filled", "no bytes", "no frame", "cut frame", "bytes behind the frame"]
+    + ["no stream", "cut stream", "bytes behind the stream", "no positions", "more positions than elements"],
 )
-def test_bad_payloads_are_refused_by_name(payload, pipeline):
+def test_bad_payloads_are_refused_by_name(payload, stages):
     with pytest.raises(ArtifactError, match=r"tensor 'w': payload: "):
-        applied(payload, pipeline)
+        applied(payload, stages)

@@ -17,10 +17,34 @@ from safetensors.torch import load_file
 
 import dtrain
 from dtrain import ArtifactError, Dare, DareX, Lossless
-from dtrain.artifact import Content, Record, Role
+from dtrain.artifact import Content, Record, Role, unpack_file
 from dtrain.artifact.names import restore, shorten
 from dtrain.difference import fingerprint
-from dtrain.stages import All, Bernoulli, Pipeline, Stratified, encode, value_format
+from dtrain.stages import (
+    Affine,
+    All,
+    Bernoulli,
+    BFloat16,
+    BlockDct,
+    DeadZone,
+    Float16,
+    Groups,
+    Indexed,
+    LowRank,
+    Mixed,
+    Packed,
+    Parts,
+    Pipeline,
+    Rans,
+    Sign,
+    Stratified,
+    Transposed,
+    Uniform,
+    Units,
+    Zstd,
+    encode,
+    value_format,
+)
 from dtrain.weights import digest
 from tests.artifact import reference_decoder
 from tests.methods.settings import bytes_of, compress_zoo, raw, same_bits, tiny
@@ -104,6 +128,40 @@ def test_several_payloads_add_up_in_their_order(dtype):
     delta = dtrain.Delta(Content((record,), fingerprint([("w", digest(base))])))
     found = reference_decoder.parse(bytes(bytes_of(delta))).records["w"]
     assert reference_decoder.rebuild(found, raw(base)) == raw(delta.state_dict({"w": base})["w"])
+
+
+STAGED = [
+    Pipeline(Bernoulli(0.3, 1), Sign(8), Packed(), Transposed()),
+    Pipeline(Stratified(0.7, 2), Uniform(4, 5), Zstd()),
+    Pipeline(Groups(8, 2, 3), Affine(4, 16), Parts(2)),
+    Pipeline(Units(2, 4, 0.5, 4), DeadZone(0.6, 7), Rans()),
+    Pipeline(Indexed(), BFloat16(), Zstd()),
+    Pipeline(All(), Float16(), Packed(), LowRank(3, 1)),
+    Pipeline(All(), Mixed(16, True), Zstd(), BlockDct(4)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("pipeline", STAGED, ids=repr)
+def test_every_stage_survives_the_file(pipeline, dtype):
+    base, chosen = torch.randn(10, 14).to(dtype), {}
+    if isinstance(pipeline.select, Indexed):
+        chosen["positions"] = torch.arange(3, 140, 7)
+    if isinstance(pipeline.quantise, Mixed):
+        chosen["widths"] = torch.arange(12) % 9
+    payload = encode(pipeline, "w", torch.randn(10, 14), **chosen)
+    record = Record("w", Role.ADD, dtype, (10, 14), digest(base)[:8], (payload,))
+    delta = dtrain.Delta(Content((record,), fingerprint([("w", digest(base))])))
+    read = unpack_file(bytes_of(delta))
+    assert read.records[0].payloads[0].pipeline == pipeline
+    assert bytes_of(dtrain.Delta(read)) == bytes_of(delta)
+    (found,) = reference_decoder.parse(bytes_of(delta)).records.values()
+    tuned = raw(delta.state_dict({"w": base})["w"])
+    assert reference_decoder.exact(found) == (not isinstance(pipeline.transform, (BlockDct, LowRank)))
+    assert reference_decoder.agrees(found, raw(base), tuned)
+    wrong = bytearray(tuned)
+    wrong[-2] ^= 4  # a bit well above the last place
+    assert not reference_decoder.agrees(found, raw(base), bytes(wrong))
 
 
 FORBIDDEN = ("exec", "compile", "import", "subprocess.Popen", "os.system", "socket.connect")

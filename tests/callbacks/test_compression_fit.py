@@ -250,3 +250,29 @@ class TestModule:
     def test_best_without_checkpoints(self, tmp_path):
         with pytest.raises(InputError, match=r"source='best' needs a checkpoint callback"):
             fit(Classifier(), tmp_path, compress(source="best"))
+
+
+class TestCalibration:
+    """Methods that look at the inputs of layers."""
+
+    @pytest.mark.parametrize(
+        "method", [dtrain.Wanda(keep=0.5), dtrain.Eora(host=dtrain.BitDelta(), rank=1)], ids=lambda m: type(m).__name__
+    )
+    def test_the_inputs_are_those_of_training_batches(self, tmp_path, method):
+        module = TestFit.Calibrated()
+        callback = compress(method=method, calibration_batches=2)
+        fit(module, tmp_path, callback)
+        assert module.asked == 1
+        metadata = callback.delta.content.metadata
+        assert metadata["uncalibrated"] == []
+        batches = [batch for batch, _ in zip(module.calibration_dataloader(), range(2), strict=False)]
+        calibration = dtrain.Calibration(module, batches, lambda net, batch: net(batch[0]))
+        base = callback.read_base(module.trainer)
+        again = dtrain.compress(base, module, method, calibration=calibration)
+        assert same(again.state_dict(base), callback.delta.state_dict(base))
+
+    def test_one_process_only(self, tmp_path, monkeypatch):
+        trainer = make_trainer(tmp_path, compress(method=dtrain.Wanda(keep=0.5)))
+        monkeypatch.setattr(type(trainer), "world_size", property(lambda _: 2))
+        with pytest.raises(InputError, match=r"Wanda measures the inputs of layers, .* the 2 processes"):
+            trainer.fit(Classifier(), train_loader(), val_loader())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.stages.philox import philox4x32, stream_key, words
-from tests.artifact import reference_decoder as reference
+from tests.artifact import reference_stages as reference
 
 ONES = 0xFFFFFFFF
 VECTORS = [  # Random123, kat_vectors, philox4x32-10

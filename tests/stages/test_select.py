@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dtrain.errors import InputError
 from dtrain.stages import All, Bernoulli, Stratified, random_mask
-from tests.artifact import reference_decoder as reference
+from tests.artifact import reference_stages as reference
 
 KINDS = [Bernoulli, Stratified]
 RATES = st.one_of(st.floats(-6, -0.0005).map(lambda power: 10**power), st.sampled_from([0.5, 0.25, 1 / 3, 0.999]))
@@ -18,7 +18,7 @@ both = pytest.mark.parametrize("kind", KINDS)
 
 
 def mask(kind, keep, seed=0, name="w", numel=1000):
-    return kind(keep, seed).positions(name, numel)
+    return kind(keep, seed).positions(name, (1, numel))
 
 
 @given(st.sampled_from(KINDS), RATES, st.integers(0, 3000), st.integers(0, 2**64 - 1), st.text(max_size=8))
@@ -27,20 +27,32 @@ def mask(kind, keep, seed=0, name="w", numel=1000):
 @example(Stratified, math.nextafter(0.5, 1), 3000, 0, "w")
 def test_any_mask_is_well_formed_and_the_references(kind, keep, numel, seed, name):
     select = kind(keep, seed)
-    found = select.positions(name, numel)
+    found = select.positions(name, (1, numel))
     assert found.dtype == torch.int64
     assert bool((found.diff() > 0).all())
     assert found.numel() == 0 or (int(found[0]) >= 0 and int(found[-1]) < numel)
-    least, most = select.count_bounds(numel)
+    least, most = select.count_bounds((1, numel))
     assert 0 <= least <= found.numel() <= most <= numel
-    assert found.tolist() == list(reference.positions((select.tag, keep, seed), name, numel))
+    assert found.tolist() == reference.positions((select.tag, keep, seed), name, (1, numel))
 
 
 @both
 @pytest.mark.parametrize("keep", [2.0**-24, 3e-7, 1 - 2.0**-20])
 def test_extreme_rates_are_the_references(kind, keep):
     numel = 1 << 28 if keep < 0.5 else 2000
-    assert mask(kind, keep, numel=numel).tolist() == reference.positions((kind.tag, keep, 0), "w", numel)
+    assert mask(kind, keep, numel=numel).tolist() == reference.positions((kind.tag, keep, 0), "w", (1, numel))
+
+
+@both
+@pytest.mark.parametrize("grid", [(3, 400), (1200, 1), (1, 1200)])
+def test_rows_do_not_matter(kind, grid):
+    assert torch.equal(kind(0.3, 0).positions("w", grid), mask(kind, 0.3, numel=1200))
+
+
+@both
+@pytest.mark.parametrize("grid", [(0, 5), (5, 0), (0, 0)])
+def test_nothing_of_nothing(kind, grid):
+    assert kind(0.3, 0).positions("w", grid).shape == (0,)
 
 
 @both
@@ -150,5 +162,6 @@ def test_random_mask_by_name():
     assert random_mask("bernoulli", 0.1, 3) == Bernoulli(0.1, 3)
     assert random_mask("stratified", 0.1, 3) == Stratified(0.1, 3)
     assert random_mask("stratified", 1, 3) == All()
+    assert All().positions("w", (2, 3)) is None
     with pytest.raises(InputError, match="`mask` must be"):
         random_mask("uniform", 0.1, 0)

@@ -1,0 +1,110 @@
+"""What a delta file would weigh: the bytes that no method changes, and the method's own at a few keep rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dtrain.difference import Change, ChangeRole
+from dtrain.methods.accounting import binary_entropy
+
+_HEADER = 544  # bytes of JSON, fingerprint and checksum
+_RECORD = 27  # bytes of a tensor in the manifest: name, digest, scale, checksum
+_ORDER: tuple[ChangeRole, ...] = ("method", "half", "whole", "bits", "same", "drop")  # not what only the base has
+
+
+@dataclass(frozen=True)
+class RoleSize:
+    """All tensors of one role.
+
+    Args:
+        role: What the rules make of them: "method", "half", "bits", "whole", "drop", or "same" where nothing changed.
+        tensors: How many.
+        elements: Their elements.
+        checkpoint_bytes: Their bytes in the fine-tuned checkpoint.
+        file_bytes: Their payload in a delta file, at most; None for "method", whose keep rate decides.
+    """
+
+    role: ChangeRole
+    tensors: int
+    elements: int
+    checkpoint_bytes: int
+    file_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """An estimate of one file.
+
+    Args:
+        keep: Share of the method's elements that is kept.
+        bits: Bits of a kept value: 16 or 1.
+        indexed: Whether the positions are stored, as of the largest changes; those of a random mask cost nothing.
+        file_bytes: Bytes of the file.
+        ratio: Bytes of the fine-tuned checkpoint / `file_bytes`.
+    """
+
+    keep: float
+    bits: int
+    indexed: bool
+    file_bytes: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The tensors of a pair of models by role.
+
+    Args:
+        roles: One entry per role that occurs.
+        records: Tensors in the file's table, those that only the base has included.
+    """
+
+    roles: tuple[RoleSize, ...]
+    records: int
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the fine-tuned checkpoint in its own dtypes."""
+        return sum(row.checkpoint_bytes for row in self.roles)
+
+    @property
+    def elements(self) -> int:
+        """Elements of the fine-tuned model."""
+        return sum(row.elements for row in self.roles)
+
+    @property
+    def method_elements(self) -> int:
+        """Elements that the method compresses."""
+        return sum(row.elements for row in self.roles if row.role == "method")
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that the file has whatever the method does: other tensors, manifest, header."""
+        return sum(row.file_bytes or 0 for row in self.roles) + _RECORD * self.records + _HEADER
+
+    def expect(self, keep: float, bits: int, *, indexed: bool = False) -> Expected:
+        """Estimate a file.
+
+        Args:
+            keep: Share of the method's elements that is kept.
+            bits: Bits of a kept value.
+            indexed: Whether the positions have to be stored, which costs their entropy.
+        """
+        per_element = keep * bits + (binary_entropy(keep) if indexed else 0.0)
+        size = self.fixed_bytes + math.ceil(self.method_elements * per_element / 8)
+        return Expected(keep, bits, indexed, size, self.checkpoint_bytes / size)
+
+
+def size_up(changes: Sequence[Change]) -> Sizes:
+    """Return the sizes of a pair of models."""
+    rows = [_role(role, found) for role in _ORDER if (found := [change for change in changes if change.role == role])]
+    return Sizes(tuple(rows), len(changes))
+
+
+def _role(role: ChangeRole, changes: Sequence[Change]) -> RoleSize:
+    elements = sum(change.tuned.numel() for change in changes)
+    size = sum(change.tuned.numel() * change.tuned.dtype.itemsize for change in changes)
+    payload = {"method": None, "half": 2 * elements, "whole": size, "bits": size}.get(role, 0)
+    return RoleSize(role, len(changes), elements, size, payload)

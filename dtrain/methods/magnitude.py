@@ -1,0 +1,67 @@
+"""Magnitude pruning of the delta."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from dtrain.methods.drop import Values, with_norm_of
+from dtrain.methods.inputs import Inputs
+from dtrain.methods.method import Method, check_choice, check_keep
+from dtrain.methods.top import top_positions
+from dtrain.stages import All, Indexed, Packed, Payload, Pipeline, Rans, encode, value_format
+
+
+def stored(keep: float, values: Values) -> Pipeline:
+    """Return the pipeline of values at positions that are stored; `keep=1` stores all values and no positions."""
+    quantise = value_format(values)
+    coded = values.startswith("uniform")  # few symbols, and not equally likely
+    return Pipeline(All() if keep == 1 else Indexed(), quantise, Rans() if coded else Packed())
+
+
+@dataclass(frozen=True)
+class Magnitude(Method):
+    """Keep the elements of the delta that are greatest in magnitude (MP).
+
+    `D_hat = M * D`, where M holds the share `keep` of every tensor that has the greatest |D|; nothing is rescaled.
+
+    * **Source**: magnitude pruning is folklore; on deltas as in Deng et al., "DARE the Extreme", arXiv 2410.09344,
+      section 5. Per tensor, and without rescaling, is certain from there. Coding positions and values is ours.
+    * **Data needed**: none.
+    * **Bits per parameter**: nominal 16 * keep; on disk 16 * keep + H(keep), since these positions are no seed: 0.24
+      instead of 0.16 at keep=0.01.
+    * **When it fails**: on small deltas below a keep rate of about 0.1: what is left is biased towards few weights.
+      It is the method for large deltas (continued pre-training), where random dropping collapses.
+
+    Args:
+        keep: Share of every tensor's elements that is kept, in (0, 1].
+        values: How kept values are stored: "float16", "bfloat16", "uniform8", "uniform4", "uniform2" or "sign".
+        rescale: "none", or "norm" to keep every tensor's Frobenius norm (ours).
+
+    Raises:
+        InputError: If an argument is out of its range.
+    """
+
+    keep: float = 0.1
+    values: Values = "float16"
+    rescale: Literal["none", "norm"] = "none"
+    source: ClassVar[str] = "arXiv 2410.09344, section 5"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_choice("rescale", self.rescale, ("none", "norm"))
+        _ = stored(self.keep, self.values)
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits per parameter by the paper's own accounting: keep times the bits of a value."""
+        quantise = value_format(self.values)
+        return self.keep * quantise.bits * quantise.symbols_per_value
+
+    def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
+        """Return the greatest values and their positions."""
+        positions = top_positions(delta.abs().reshape(1, -1), round(self.keep * delta.numel()))
+        payload = encode(stored(self.keep, self.values), name, delta, positions=positions)
+        return (with_norm_of(delta, name, payload) if self.rescale == "norm" else payload,)

@@ -1,0 +1,143 @@
+import json
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dtrain
+from dtrain.advice import show
+from dtrain.cli import main
+from dtrain.cli.parser import parse
+from tests.advice.pairs import KINDS, gaussian, pair, product
+
+# --- what to run, and what it weighs
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.03, 0.01, 0.003])
+@pytest.mark.parametrize(
+    ("method", "bits", "indexed"),
+    [
+        (lambda keep: dtrain.Dare(keep=keep), 16, False),
+        (lambda keep: dtrain.Dare(keep=keep, values="sign"), 1, False),
+        (lambda keep: dtrain.DareX(keep=keep, q="norm"), 16, False),
+        (lambda keep: dtrain.SeededSign(keep=keep), 1, False),
+        (lambda keep: dtrain.Magnitude(keep=keep), 16, True),
+    ],
+    ids=["Dare", "Dare sign", "DareX", "SeededSign", "Magnitude"],
+)
+def test_estimates_are_near_the_file(method, bits, indexed, keep):
+    base, tuned = pair(gaussian(1e-3), rows=300, columns=500, layers=12)
+    expected = dtrain.advise(base, tuned).sizes.expect(keep, bits, indexed=indexed)
+    report = dtrain.compress(base, tuned, method(keep)).report()
+    assert expected.file_bytes == pytest.approx(report.file_bytes, rel=0.05, abs=500)
+    assert expected.ratio == pytest.approx(report.checkpoint_bytes / expected.file_bytes)
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_what_is_recommended_can_be_pasted(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, state in zip(("my base.safetensors", "tuned.safetensors"), pair(KINDS[case][0]), strict=True):
+        save_file(state, name)
+    advice = dtrain.advise("my base.safetensors", Path("tuned.safetensors"))
+    for choice in advice.choices:
+        method = eval(choice.method, {"dtrain": dtrain})  # noqa: S307 - this is what pasting does
+        assert bool(choice.data) == (method.needs != "nothing")
+        assert bool(choice.command) == (not choice.data)
+        if choice.command:
+            parsed = parse(shlex.split(choice.command)[1:]).arguments
+            assert parsed["method"] == method
+            assert (parsed["base"], parsed["finetuned"]) == ("my base.safetensors", "tuned.safetensors")
+    command = shlex.split(advice.choices[0].command)
+    assert main(command[1:]) == 0
+    if expected := advice.choices[0].expected:
+        assert expected.file_bytes == pytest.approx(Path("delta.safetensors").stat().st_size, rel=0.05, abs=500)
+
+
+def test_the_rules_are_measured_with_and_go_into_the_command():
+    rules = dtrain.Rules(drop=["encoder.layer.0.*"], whole=[])
+    advice = dtrain.advise(*pair(gaussian(1e-3)), rules)
+    assert [tensor.name for tensor in advice.measures.tensors] == [f"encoder.layer.{i}.dense.weight" for i in (1, 2)]
+    assert advice.choices[0].command.endswith("--whole --drop 'encoder.layer.0.*'")
+    assert advice.choices[0].command.startswith("dtrain compress BASE FINETUNED ")
+
+
+def test_the_adapter_s_factors_fit_the_recommended_budget():
+    base, tuned = pair(product(4, 1e-3), rows=256, columns=384)
+    advice = dtrain.advise(base, tuned)
+    method = eval(advice.choices[0].method, {"dtrain": dtrain})  # noqa: S307
+    merged = dtrain.compress(base, tuned, method).state_dict(base)
+    for tensor in advice.measures.tensors:
+        delta, rest = tuned[tensor.name] - base[tensor.name], tuned[tensor.name] - merged[tensor.name]
+        assert float(rest.norm() / delta.norm()) < 0.02
+
+
+# --- doors
+
+
+def test_a_prefix_and_a_module_change_nothing():
+    base, tuned = pair(gaussian(1e-3))
+    plain = dtrain.advise(base, tuned).as_dict()
+    wrapped = {f"model.{name}" if name != "head.weight" else name: value for name, value in tuned.items()}
+    assert dtrain.advise(base, wrapped).as_dict() == plain
+
+
+@pytest.mark.parametrize("base", [torch.zeros(32, 32), torch.randn(32, 32)], ids=["zero", "random"])
+def test_json_has_everything_and_no_nan(base):
+    advice = dtrain.advise({"w": base}, {"w": base + 1e-3 * torch.randn(32, 32)})
+    data = json.loads(json.dumps(advice.as_dict(), allow_nan=False))
+    assert data["measures"]["mean_abs"] == advice.measures.mean_abs
+    assert data["steps"][3]["question"] == "Are the deltas large?"
+    assert len(data["expected"]) == 8
+    assert data["choices"][0]["method"] == advice.choices[0].method
+
+
+def test_print_shows_it_all():
+    advice = dtrain.advise(*pair(gaussian(3e-4)))
+    text = str(advice)
+    for step in advice.steps:
+        assert f"{step.question} {step.answer}." in text
+    for choice in advice.choices:
+        assert choice.method in text
+        assert choice.command in text  # never broken
+    for item in advice.expected:
+        assert f"{item.file_bytes:,} bytes" in text
+    assert all(row.role in show.ROLES for row in advice.sizes.roles)
+
+
+def test_the_command_line_says_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, state in zip(("base.safetensors", "tuned.safetensors"), pair(gaussian(3e-4)), strict=True):
+        save_file(state, name)
+    rules = dtrain.Rules(drop=["*.1.*"])
+    advice = dtrain.advise("base.safetensors", "tuned.safetensors", rules)
+    assert main(["advise", "base.safetensors", "tuned.safetensors", "--drop", "*.1.*", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {
+        "base": "base.safetensors",
+        "finetuned": "tuned.safetensors",
+        **json.loads(json.dumps(advice.as_dict())),
+    }
+    assert main(["advise", "base.safetensors", "tuned.safetensors", "--drop", "*.1.*"]) == 0
+    shown = capsys.readouterr()
+    assert advice.choices[0].command in shown.out
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda state: state["encoder.layer.1.dense.weight"].fill_(math.nan),
+            r"'encoder\.layer\.1\.dense\.weight' holds NaN",
+        ),
+        (lambda state: state.update({f"x{name}y": state.pop(name) for name in [*state]}), "no tensor of"),
+    ],
+)
+def test_what_compress_refuses_is_refused(damage, words):
+    base, tuned = pair(gaussian(1e-3))
+    damage(tuned)
+    with pytest.raises(dtrain.InputError, match=words):
+        dtrain.advise(base, tuned)
