@@ -158,7 +158,7 @@ def read_results(out: Path) -> dict[str, dict[str, Cell]]:
     return json.loads(out.read_text()) if out.exists() else {"references": {}, "cells": {}}
 
 
-def fill(name: str, seeds: Sequence[int], shared: Path, out: Path) -> None:
+def fill(name: str, seeds: Sequence[int], shared: Path, out: Path, only: Sequence[str]) -> None:
     """Measure the cells that `out` does not have, and write it after each."""
     results = read_results(out)
     for seed in seeds:
@@ -166,7 +166,8 @@ def fill(name: str, seeds: Sequence[int], shared: Path, out: Path) -> None:
             (budget, label, method)
             for budget in BUDGETS
             for label, method in catalogue(budget, seed).items()
-            if results["cells"].get(key(seed, budget, label), {}).get("settings") != settings(method)
+            if (not only or label in only)
+            and results["cells"].get(key(seed, budget, label), {}).get("settings") != settings(method)
         ]
         if not missing:
             continue
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/ and models/")
+    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="rows of the table to measure")
     parser.add_argument("--out", type=Path, help="default: bench/results/presets_TASK.json")
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     parser.add_argument("--markdown", action="store_true", help="show the table as Markdown")
@@ -250,7 +252,7 @@ def main() -> None:
     out = arguments.out or Path(f"bench/results/presets_{arguments.task}.json")
     if not arguments.table:
         torch.set_num_threads(1)  # processor seconds and scores do not depend on the machine's cores
-        fill(arguments.task, arguments.seeds, arguments.shared, out)
+        fill(arguments.task, arguments.seeds, arguments.shared, out, arguments.only)
     results = read_results(out)
     if not results["references"]:
         parser.error(f"{out} holds no results yet. Run without --table to measure them.")

@@ -173,8 +173,14 @@ def picture(model: nn.Module, data: Images, method: dtrain.Method, base: dtrain.
     rated = {type(each).__name__: each for each in (dtrain.Dare(), method) if hasattr(each, "keep")}
     for keep in KEEPS:
         for name, each in rated.items():
-            objective = dtrain.HiddenChange(model, [(images,) for images, _ in calibration])
-            compressed = dtrain.compress(base, tuned, replace(each, keep=keep), objective=objective)
+            inputs = [(images,) for images, _ in calibration]
+            compressed = dtrain.compress(
+                base,
+                tuned,
+                replace(each, keep=keep),
+                objective=dtrain.HiddenChange(model, inputs),
+                calibration=dtrain.Calibration(model, inputs),
+            )
             model.load_state_dict(compressed.state_dict(base))
             points.setdefault(name, []).append((compressed.file_bytes(), accuracy(model, val)))
             model.load_state_dict(tuned)

@@ -12,6 +12,7 @@ from dtrain.advice import show
 from dtrain.cli import main
 from dtrain.cli.parser import parse
 from tests.advice.pairs import KINDS, gaussian, pair, product
+from tests.lora import adapters
 
 # --- what to run, and what it weighs
 
@@ -50,10 +51,10 @@ def test_what_is_recommended_can_be_pasted(case, tmp_path, monkeypatch):
             parsed = parse(shlex.split(choice.command)[1:]).arguments
             assert parsed["method"] == method
             assert (parsed["base"], parsed["finetuned"]) == ("my base.safetensors", "tuned.safetensors")
-    command = shlex.split(advice.choices[0].command)
-    assert main(command[1:]) == 0
-    if expected := advice.choices[0].expected:
-        assert expected.file_bytes == pytest.approx(Path("delta.safetensors").stat().st_size, rel=0.05, abs=500)
+            assert main(shlex.split(choice.command)[1:]) == 0
+            if choice.expected:
+                size = Path("delta.safetensors").stat().st_size
+                assert choice.expected.file_bytes == pytest.approx(size, rel=0.05, abs=500), choice
 
 
 def test_the_rules_are_measured_with_and_go_into_the_command():
@@ -67,7 +68,7 @@ def test_the_rules_are_measured_with_and_go_into_the_command():
 def test_the_adapter_s_factors_fit_the_recommended_budget():
     base, tuned = pair(product(4, 1e-3), rows=256, columns=384)
     advice = dtrain.advise(base, tuned)
-    method = eval(advice.choices[0].method, {"dtrain": dtrain})  # noqa: S307
+    method = eval(advice.choices[-1].method, {"dtrain": dtrain})  # noqa: S307
     merged = dtrain.compress(base, tuned, method).state_dict(base)
     for tensor in advice.measures.tensors:
         delta, rest = tuned[tensor.name] - base[tensor.name], tuned[tensor.name] - merged[tensor.name]
@@ -124,6 +125,17 @@ def test_the_command_line_says_the_same(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr()
     assert advice.choices[0].command in shown.out
     assert shown.err == ""
+
+
+def test_an_adapter_is_a_fine_tuned_model_but_zeros_are_no_base(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_file(adapters.base(), "base.safetensors")
+    adapters.write(tmp_path / "adapter")
+    assert main(["advise", "base.safetensors", "adapter", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [tensor["spectrum"]["rank"] for tensor in data["measures"]["tensors"]] == [2, 2]
+    assert main(["advise", "zeros", "adapter"]) == 2
+    assert "BASE zeros leaves no delta to measure" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

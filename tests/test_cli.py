@@ -107,6 +107,20 @@ def test_the_cli_writes_the_very_file_that_compress_writes(run, delta):
         ),
         (("--method=DareX", "--method.q=0.4"), dtrain.DareX(q=0.4)),
         (("--method", "Lossless"), dtrain.Lossless()),
+        (("--method", "SeededSign"), dtrain.SeededSign()),  # with its own keep, not that of the default method
+        (("--method.keep", "0.3"), dtrain.Dare(keep=0.3)),
+        (
+            ("--method", "DeltaDCT", "--method.bits", "[4,2,0]", "--method.shares", "[0.25,0.25,0.5]"),
+            dtrain.DeltaDCT(bits=(4, 2, 0), shares=(0.25, 0.25, 0.5)),
+        ),
+        (
+            ("--method", "Eora", "--method.host", "SeededSign", "--method.host.seed", "3", "--method.weighted=false"),
+            dtrain.Eora(host=dtrain.SeededSign(seed=3), weighted=False),
+        ),
+        (
+            ("--method", "DeltaDQ", "--method.group", "16", "--method.scope", "row"),
+            dtrain.DeltaDQ(group=16, scope="row"),
+        ),
     ],
     ids=repr,
 )
@@ -309,6 +323,12 @@ def test_methods_for_people(run):
     for method in METHODS:
         assert method.__name__ in out
     assert "2311.03099" in out
+    found = json.loads(run("methods", "--json")[1])["methods"]
+    by_name = {entry["name"]: entry for entry in found}
+    assert by_name["DeltaDQ"]["nominal_bits"] == 0.125
+    assert 0.3 < by_name["DeltaDQ"]["true_bits"] < 0.4
+    assert by_name["Wanda"]["needs"] == "training inputs"
+    assert run("methods", "--markdown")[1].startswith("| method | what it does |")
 
 
 # --- help
@@ -344,15 +364,16 @@ def test_help_of_a_method_is_its_docstring(run):
 # --- refusals
 
 
+LISTED = ", ".join(method.__name__ for method in METHODS[:-1]) + " and Lossless"
 USAGE = {
     "nothing": ([], "compress, apply, inspect, verify, advise and methods"),
     "unknown command": (["compres"], "'compres'", "compress, apply, inspect, verify, advise and methods"),
     "missing OUT": (["compress", "a", "b"], "OUT is missing"),
     "one too many": (["verify", "a", "b", "c"], "unrecognized arguments: c"),
     "unknown option": (["inspect", "d", "--tensorz"], "--tensorz"),
-    "unknown method": (["compress", "a", "b", "c", "--method", "Foo"], "'Foo'", "Dare, DareX and Lossless"),
+    "unknown method": (["compress", "a", "b", "c", "--method", "Foo"], "'Foo'", LISTED),
     "mistyped method": (["compress", "a", "b", "c", "--method=darex"], "Did you mean DareX?"),
-    "help of none": (["compress", "--method.help", "Foo"], "'Foo'", "Dare, DareX and Lossless"),
+    "help of none": (["compress", "--method.help", "Foo"], "'Foo'", LISTED),
     "no method": (["compress", "a", "b", "c", "--method", "dtrain.Rules"], "--method: ", "subclass of Method"),
     "method without value": (["compress", "a", "b", "c", "--method"], "--method wants a value"),
     "argument without value": (["compress", "a", "b", "c", "--method.keep"], "--method.keep wants a value"),
@@ -365,9 +386,16 @@ USAGE = {
     "needs data": (
         ["compress", "a", "b", "c", "--method", "DareX"],
         "training inputs",
-        "--method.q norm",
+        "--method.q keep",
         "dtrain.compress(",
     ),
+    "needs inputs": (
+        ["compress", "a", "b", "c", "--method", "Wanda"],
+        "looks at the inputs",
+        "Magnitude",
+        "calibration=",
+    ),
+    "needs inputs, or not": (["compress", "a", "b", "c", "--method", "Eora"], "--method.weighted false"),
     "OUT is BASE": (["compress", "base.safetensors", "tuned.safetensors", "./base.safetensors"], "OUT and BASE"),
     "OUT is FINETUNED": (["compress", "base.safetensors", "tuned.safetensors", "tuned.safetensors"], "FINETUNED"),
     "OUT is DELTA": (["apply", "base.safetensors", "tuned.safetensors", "tuned.safetensors"], "OUT and DELTA"),

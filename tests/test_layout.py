@@ -22,7 +22,9 @@ FORBIDDEN = {  # room: rooms and modules of dtrain that it may not import
     "artifact": {"*", "!errors", "!stages", "!artifact"},
     "methods": {"*", "!errors", "!stages", "!methods"},
     "runtime": {"methods", "fit", "optim", "cli", "compression", "delta", "report"},
-    "fit": {"cli", "optim", "compression", "delta", "report"},
+    "fit": {"advice", "cli", "lora", "optim", "compression", "delta", "report"},
+    "lora": {"advice", "cli", "compression", "fit", "methods", "optim", "report"},
+    "advice": {"artifact", "cli", "compression", "fit", "lora", "optim", "runtime"},
     "optim": {"artifact", "cli", "compression", "delta", "fit", "methods", "report", "runtime", "stages"},
 }
 

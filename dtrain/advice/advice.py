@@ -10,11 +10,12 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from dtrain.advice.architecture import Architecture, guess_architecture
-from dtrain.advice.chart import Step, stores_positions, walk
+from dtrain.advice.chart import Step, walk
 from dtrain.advice.choices import Choice, Chooser, choose, start_keep
 from dtrain.advice.measure import Measures, measure
 from dtrain.advice.show import chart_table, choice_lines, measure_table, role_table, size_table, worst_table
 from dtrain.advice.sizes import Expected, Sizes, size_up
+from dtrain.advice.verdict import stores_positions
 from dtrain.difference import pair
 from dtrain.rules import Rules
 from dtrain.weights import Source, read_weights
@@ -61,7 +62,7 @@ class Advice:
         if self.measures.tensors:
             shown += [measure_table(self.measures), worst_table(self.measures)]
         shown += ["Which method, and why", chart_table(self.steps), ""]
-        shown += ["What to run", *choice_lines(self.choices), ""]
+        shown += ["What to run; then lower keep for as long as your score holds", *choice_lines(self.choices), ""]
         return [*shown, role_table(self.sizes), size_table(self.expected)]
 
     def __str__(self) -> str:

@@ -10,12 +10,16 @@ from dataclasses import dataclass, fields
 from typing import cast
 
 from dtrain.advice.architecture import Architecture
-from dtrain.advice.chart import is_adapter, is_large, is_sparse
 from dtrain.advice.measure import Measures
 from dtrain.advice.sizes import Expected, Sizes
+from dtrain.advice.verdict import best_code, is_adapter, is_large, is_sparse, wide_matrices
 from dtrain.rules import Rules
 
 Argument = float | str | list[int]
+
+_KEEP = ((1e6, 0.3), (1e7, 0.1), (1e8, 0.03))  # weights less than, keep rate
+_KEEP_BEYOND = 0.01
+_DELTACOME = 1.085  # bits on disk per bit of its budget: steps and zeros come on top
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,15 @@ class Chooser:
 def start_keep(measures: Measures) -> float:
     """Return the keep rate to begin with.
 
-    A reading of three small deltas of ours: 23 million weights lost nothing at 0.01, 3 million lost a few points there,
-    and a quarter of a million only just stood 0.1. A delta that is sparse is kept where it is not zero; one that is
-    large begins at 0.1.
+    A reading of the smallest rates at which three deltas of ours lost a point or two: a tenth of 3 million weights, a
+    thirtieth of 23 million, and even more of a quarter of a million; the paper's hundredth is for far larger models. A
+    delta that is sparse is kept where it is not zero; one that is large begins at a tenth.
     """
     if measures.tensors and is_sparse(measures):
         return math.ceil(1000 * (1 - measures.zeros)) / 1000
-    if measures.elements < 1_000_000 or is_large(measures):
+    if measures.tensors and is_large(measures):
         return 0.1
-    return 0.03 if measures.elements < 10_000_000 else 0.01
+    return next((keep for below, keep in _KEEP if measures.elements < below), _KEEP_BEYOND)
 
 
 def choose(measures: Measures, chooser: Chooser, architecture: Architecture, keep: float) -> tuple[Choice, ...]:
@@ -86,55 +90,58 @@ def choose(measures: Measures, chooser: Chooser, architecture: Architecture, kee
     if not measures.tensors:
         return (chooser.choice("no matrix changed", "Dare", chooser.sizes.expect(keep, 16), keep=keep),)
     if is_sparse(measures):
-        chosen = _sparse(chooser, keep)
-    elif is_large(measures):
-        chosen = _large(chooser, keep)
-    else:
-        chosen = _small(chooser, architecture, keep)
-    if is_adapter(measures):
-        chosen.insert(0, _factors(measures, chooser))
-    return tuple(chosen)
+        return _sparse(chooser, keep)
+    finest = _factors(measures, chooser) if is_adapter(measures) else _finest(measures, chooser)
+    if is_large(measures):
+        return (*_large(chooser, keep), finest)
+    return (*_small(chooser, architecture, keep), finest)
 
 
 def _factors(measures: Measures, chooser: Chooser) -> Choice:
     """Return 8-bit factors of the rank that was found, for as many bits as the matrix takes that needs most."""
-    needed = [
-        8 * tensor.spectrum.rank * (tensor.shape[0] + tensor.elements // tensor.shape[0]) / tensor.elements
-        for tensor in measures.tensors
-        if tensor.spectrum
-    ]
+    needed = [8 * s.rank * sum(tensor.sides) / tensor.elements for tensor, s in wide_matrices(measures)]
     budget = math.ceil(100 * max(needed)) / 100
     return chooser.choice("merged adapter without its folder", "DeltaCoMe", bits=[8], ranks=[], budget=budget)
 
 
-def _sparse(chooser: Chooser, keep: float) -> list[Choice]:
+def _sparse(chooser: Chooser, keep: float) -> tuple[Choice, ...]:
     expected = chooser.sizes.expect(keep, 16, indexed=True)
-    return [
+    return (
         chooser.choice("nothing may be lost", "Lossless"),
         chooser.choice("all that changed", "Magnitude", expected, keep=keep),
-    ]
+    )
 
 
-def _large(chooser: Chooser, keep: float) -> list[Choice]:
+def _large(chooser: Chooser, keep: float) -> tuple[Choice, ...]:
     expected = chooser.sizes.expect(keep, 16, indexed=True)
     data = "calibration=dtrain.Calibration(model, batches)"
-    return [
+    return (
         chooser.choice("no data", "Magnitude", expected, keep=keep),
         chooser.choice("training inputs", "Wanda", expected, data=data, keep=keep),
-    ]
+    )
 
 
-def _small(chooser: Chooser, architecture: Architecture, keep: float) -> list[Choice]:
-    half, bit = (chooser.sizes.expect(keep, bits) for bits in (16, 1))
+def _small(chooser: Chooser, architecture: Architecture, keep: float) -> tuple[Choice, ...]:
+    expect, signs = chooser.sizes.expect, min(0.3, round(3 * keep, 2))
     scope = "layer" if architecture == "encoder" else "model"
     inputs, labels = "dtrain.HiddenChange(model, batches)", "dtrain.Metric(model, evaluate)"
-    return [
-        chooser.choice("no data", "DareX", half, keep=keep, q="norm"),
-        chooser.choice("training inputs", "DareX", half, data=f"objective={inputs}", keep=keep, scope=scope),
-        chooser.choice("labelled examples", "DareX", half, data=f"objective={labels}", keep=keep, scope=scope),
-        chooser.choice("smallest file", "SeededSign", bit, keep=keep),
-        chooser.choice("near-lossless", "Ecsq", chooser.sizes.expect(1, 1), bits=1.0),
-    ]
+    fitted: dict[str, Argument] = {"keep": keep, "scope": scope}
+    return (
+        chooser.choice("no data", "SeededSign", expect(signs, 1), keep=signs),
+        chooser.choice(
+            "no data, finer values", "Dare", expect(keep, 4), keep=keep, mask="stratified", values="uniform4"
+        ),
+        chooser.choice("training inputs", "DareX", expect(keep, 16), data=f"objective={inputs}", **fitted),
+        chooser.choice("labelled examples", "DareX", expect(keep, 16), data=f"objective={labels}", **fitted),
+    )
+
+
+def _finest(measures: Measures, chooser: Chooser) -> Choice:
+    """Return what loses next to nothing: one bit per weight where the rank is low, else two."""
+    if best_code(measures) == "factors":
+        expected = chooser.sizes.expect(1, _DELTACOME)
+        return chooser.choice("next to no loss", "DeltaCoMe", expected, budget=1.0)
+    return chooser.choice("next to no loss", "Ecsq", chooser.sizes.expect(1, 2), bits=2.0)
 
 
 def rule_words(rules: Rules) -> list[str]:

@@ -14,7 +14,7 @@ from dtrain.advice.spectrum import Spectrum, measure_spectrum, within_budget
 from dtrain.difference import Change
 from dtrain.errors import InputError
 from dtrain.progress import progress
-from dtrain.stages import random_mask
+from dtrain.stages import matrix_shape, random_mask
 
 _PIECE = 1 << 20  # elements that are float64 at a time
 _SAMPLE = 1 << 18  # elements of a tensor that are sorted; of larger ones a seeded sample
@@ -54,6 +54,11 @@ class TensorMeasures:
     def elements(self) -> int:
         """Entries, zero or not."""
         return math.prod(self.shape)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that the tensor is taken for."""
+        return matrix_shape(self.shape)
 
     @property
     def mean_abs(self) -> float:
@@ -209,7 +214,7 @@ def _measure(change: Change, *, spectrum: bool) -> TensorMeasures:
         raise InputError(
             f"tensor {change.name!r} holds NaN or inf. Mend the checkpoint, or keep its bits with Lossless()."
         )
-    rows = delta.reshape(delta.shape[0], -1)
+    rows = delta.reshape(matrix_shape(delta.shape))
     return TensorMeasures(
         name=change.name,
         shape=tuple(delta.shape),

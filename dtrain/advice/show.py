@@ -8,10 +8,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dtrain.advice.chart import Step, is_large, is_sparse, short
+from dtrain.advice.chart import Step, short
 from dtrain.advice.choices import Choice
 from dtrain.advice.measure import Measures
 from dtrain.advice.sizes import Expected, Sizes
+from dtrain.advice.verdict import is_large, is_sparse
 
 #: What is to be said of every role of a tensor that the fine-tuned model has.
 ROLES = {
@@ -24,7 +25,7 @@ ROLES = {
 }
 _WORST = 3
 _HEAVY = 1.35  # rms / mean |D|; 1.36 for Student's t with five degrees of freedom
-_UNEVEN = 0.6  # share of the energy in half of the patches
+_UNEVEN = 0.7  # share of the energy in half of the patches
 _LOW_RANK = 0.5  # share of it in a twentieth of the singular values
 
 

@@ -39,14 +39,14 @@ class Expected:
 
     Args:
         keep: Share of the method's elements that is kept.
-        bits: Bits of a kept value: 16 or 1.
+        bits: Bits of a kept value.
         indexed: Whether the positions are stored, as of the largest changes; those of a random mask cost nothing.
         file_bytes: Bytes of the file.
         ratio: Bytes of the fine-tuned checkpoint / `file_bytes`.
     """
 
     keep: float
-    bits: int
+    bits: float
     indexed: bool
     file_bytes: int
     ratio: float
@@ -84,7 +84,7 @@ class Sizes:
         """Bytes that the file has whatever the method does: other tensors, manifest, header."""
         return sum(row.file_bytes or 0 for row in self.roles) + _RECORD * self.records + _HEADER
 
-    def expect(self, keep: float, bits: int, *, indexed: bool = False) -> Expected:
+    def expect(self, keep: float, bits: float, *, indexed: bool = False) -> Expected:
         """Estimate a file.
 
         Args:

@@ -9,6 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dtrain.stages import matrix_shape
+
 BUDGET = 1 << 40  # multiply-adds for all matrices: at most a few minutes on one core, seconds on many
 _EIGEN = 4  # multiply-adds of a symmetric eigenvalue problem, in cubes of its side
 _ROWS = 4096  # of a matrix that are float64 at a time
@@ -50,8 +52,8 @@ def measure_spectrum(delta: Tensor, tuned: Tensor) -> Spectrum:
         delta: float32 of two dimensions or more, on the CPU, not all zero; all but the first are taken as one.
         tuned: The fine-tuned tensor in its own dtype, of the same shape.
     """
-    matrix = delta.reshape(delta.shape[0], -1)
-    rows, columns = matrix.shape
+    rows, columns = matrix_shape(delta.shape)
+    matrix = delta.reshape(rows, columns)
     values = cast("Tensor", torch.linalg.eigvalsh(_gram(matrix))).flip(0).clamp(min=0)
     energy = float(values.sum())
     shares = values.cumsum(0) / energy
@@ -104,7 +106,7 @@ def _spread(count: int) -> list[int]:
 
 
 def _cost(shape: Sequence[int]) -> int:
-    rows, columns = shape[0], torch.Size(shape[1:]).numel()
+    rows, columns = matrix_shape(shape)
     side = min(rows, columns)
     return rows * columns * side + _EIGEN * side**3
 

@@ -73,7 +73,7 @@ def parse(argv: Sequence[str]) -> Request:
         raise UsageError(f"{found}; the commands are {_listed(SUMMARIES)}. Try: dtrain --help")
     parser = _parser(command)
     try:
-        options = parser.parse_args([*argv])
+        options = parser.parse_args(_with_method(argv, command))
         arguments: dict[str, Any] = vars(cast("object", parser.instantiate(options)[command]))
     except argparse.ArgumentError as error:
         raise UsageError(_sentence(str(error), argv, command)) from error
@@ -81,6 +81,18 @@ def parse(argv: Sequence[str]) -> Request:
         raise UsageError(str(error)) from error
     as_json = bool(arguments.pop("json"))
     return Request(command, arguments, as_json)
+
+
+def _with_method(argv: Sequence[str], command: str) -> list[str]:
+    """Name the default method where none is named.
+
+    As a default of the argument, its own arguments would pass to whatever other method is named.
+    """
+    named = any(word.partition("=")[0] in ("--method", "--method.help") for word in argv)
+    if command != "compress" or named:
+        return [*argv]
+    after = argv.index(command) + 1
+    return [*argv[:after], "--method", DEFAULT_METHOD, *argv[after:]]
 
 
 def _parser(command: str) -> ArgumentParser:
@@ -137,7 +149,6 @@ def _compress(parser: ArgumentParser) -> None:
     method.add_argument(
         "--method",
         type=Method,
-        default={"class_path": DEFAULT_METHOD},
         metavar="NAME",
         help=f"{_listed([method.__name__ for method in METHODS])}; `dtrain methods` says what they are. "
         f"Default: {DEFAULT_METHOD} with its own defaults, which keeps 10 %% of the delta and needs no data.",

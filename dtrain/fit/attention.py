@@ -12,14 +12,15 @@ from dtrain.difference import Change
 from dtrain.errors import InputError
 from dtrain.fit.calibration import Calibration
 from dtrain.fit.trial import Trial
-from dtrain.methods import DeltaDQ, Inputs, Method
+from dtrain.methods import DeltaDQ, Eora, Inputs, Method
 from dtrain.progress import progress
 from dtrain.stages import decode
 
 _LAYERS = 2  # the first layers stand for all: a reading of "early layers as proxy"
-#: Names of the query's projection, with that of the key beside it; a fused projection holds query, key, value in turn.
+#: Names of the query's projection, with that of the key beside it; a fused projection holds query, key, value in turn
+#: (which `query_key_value` of BLOOM and GPT-NeoX does head by head: it is not looked at).
 _PAIRS = (("query", "key"), ("q_proj", "k_proj"), ("q_lin", "k_lin"), ("to_q", "to_k"), ("q", "k"))
-_FUSED = ("qkv", "Wqkv", "query_key_value", "in_proj_weight")
+_FUSED = ("qkv", "Wqkv", "c_attn", "in_proj_weight")
 
 
 def calibrate(method: Method, changes: Sequence[Change], calibration: Calibration) -> tuple[Method, dict[str, Inputs]]:
@@ -31,15 +32,17 @@ def calibrate(method: Method, changes: Sequence[Change], calibration: Calibratio
         calibration: Its module is written to, and holds what it held before afterwards.
 
     Returns:
-        The method, with a number in place of a searched one, and the inputs by tensor name.
+        The method, with a number in place of a searched one (its own or its host's), and the inputs by tensor name.
     """
     tuned = {change.name: change.tuned.clone() for change in changes if change.role != "base_only"}
     names = [change.name for change in changes if change.role == "method"]
     with Trial(calibration.module, tuned) as trial:
         trial.write(tuned)
         inputs = calibration.collect(names, gram=method.needs == "covariance")
-    if isinstance(method, DeltaDQ):
+    if isinstance(method, DeltaDQ) and method.group == "search":
         method = replace(method, group=search_group(method, changes, inputs))
+    if isinstance(method, Eora) and isinstance(method.host, DeltaDQ) and method.host.group == "search":
+        method = replace(method, host=replace(method.host, group=search_group(method.host, changes, inputs)))
     return method, inputs
 
 
@@ -49,7 +52,7 @@ def search_group(method: DeltaDQ, changes: Sequence[Change], inputs: Mapping[str
     All heads are taken together. The candidates are alpha times the powers of two, up to a row.
 
     Raises:
-        InputError: If no pair of query and key projections can be told by their names.
+        InputError: If no pair of query and key projections can be told by their names, or if queries share keys.
     """
     found = {change.name: change for change in changes}
     pairs = _projections(inputs)[:_LAYERS]
@@ -58,13 +61,15 @@ def search_group(method: DeltaDQ, changes: Sequence[Change], inputs: Mapping[str
             "no query and key projections were found by their names (query/key, q_proj/k_proj, qkv, ...). Give DeltaDQ "
             "a number or group='alpha'."
         )
+    for query, key in pairs:
+        _check_heads(found[query], found[key], inputs)
     columns = max(inputs[name].norms.numel() for pair in pairs for name in pair)
     groups = [method.alpha << i for i in range(17) if method.alpha << i <= min(columns, 1 << 16)] or [method.alpha]
     errors: dict[int, float] = {}
     with progress("searching the group by attention error", len(groups)) as advance:
         for group in groups:
             fixed = replace(method, group=group)
-            errors[group] = sum(_error(fixed, found, inputs[query], query, key) for query, key in pairs)
+            errors[group] = sum(_error(fixed, found, inputs, pair) for pair in pairs)
             advance(f"group {group}: {errors[group]:.4g}")
     return min(errors, key=lambda group: errors[group])
 
@@ -83,17 +88,29 @@ def _projections(inputs: Mapping[str, Inputs]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
+def _check_heads(query: Change, key: Change, inputs: Mapping[str, Inputs]) -> None:
+    """Refuse grouped-query attention: which outputs belong to which head cannot be told from the shapes."""
+    queries, keys = (len(inputs[change.name].matrix(change.tuned)) for change in (query, key))
+    if queries != (3 * inputs[query.name].norms.numel() if query.name == key.name else keys):
+        raise InputError(
+            f"the projections {query.name!r} and {key.name!r} have {queries} and {keys} outputs: heads of the query "
+            "seem to share keys, which the search cannot follow. Give DeltaDQ a number or group='alpha'."
+        )
+
+
 def _by_number(name: str) -> list[tuple[int, str]]:
     """Sort "layer.2" before "layer.10"."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _error(method: DeltaDQ, changes: Mapping[str, Change], seen: Inputs, query: str, key: str) -> float:
+def _error(
+    method: DeltaDQ, changes: Mapping[str, Change], inputs: Mapping[str, Inputs], pair: tuple[str, str]
+) -> float:
     """Return the relative squared change of the scores of one layer."""
     exact, rough = (
-        [_projected(method if lossy else None, changes, seen, name) for name in (query, key)] for lossy in (False, True)
+        [_projected(method if lossy else None, changes, inputs[name], name) for name in pair] for lossy in (False, True)
     )
-    if query == key:  # thirds of one matrix
+    if pair[0] == pair[1]:  # thirds of one matrix
         exact, rough = (list(both[0].chunk(3, dim=1)[:2]) for both in (exact, rough))
     scores, found = exact[0] @ exact[1].t(), rough[0] @ rough[1].t()
     return float((scores - found).square().sum() / scores.square().sum().clamp_min(1e-300))

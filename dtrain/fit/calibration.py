@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from dtrain.errors import InputError
-from dtrain.fit.objective import call
+from dtrain.fit.running import call, run
 from dtrain.methods.inputs import Inputs
 from dtrain.progress import progress
 from dtrain.weights import read_weights
@@ -74,21 +73,10 @@ class Calibration:
         places = _places(self.module, names)
         with _Watch(places.values(), gram) as watch, progress("calibrating", len(self._batches)) as advance:
             for batch in self._batches:
-                self._run(batch)
+                run(self.module, self._forward, batch)
                 advance("")
         sums = {name: watch.sums[place] for name, place in places.items() if place in watch.sums}
         return {name: item.inputs(name) for name, item in sums.items() if item.tokens}
-
-    def _run(self, batch: Any) -> None:
-        # Compiled code does not pass through Python, where it could be watched.
-        with _evaluating(self.module), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            try:
-                self._forward(self.module, batch)
-            except TypeError as error:
-                raise InputError(
-                    f"the model cannot be called on a batch of type {type(batch).__name__} ({error}). Pass forward=, "
-                    "a function of the model and the batch; batches of (inputs, labels) need one."
-                ) from error
 
 
 class _Watch(TorchFunctionMode):
@@ -260,15 +248,3 @@ def _places(module: nn.Module, names: Iterable[str]) -> dict[str, _Place]:
 
 def _place(tensor: Tensor) -> _Place:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Generator[None]:
-    """Put a module into evaluation mode, and every part back into its own afterwards."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from dtrain.errors import InputError
+from dtrain.fit.running import call, run
 
 
 @runtime_checkable
@@ -93,19 +93,8 @@ class HiddenChange:
         return mean_change((self._hidden(batch) for batch in self._batches), self._target)
 
     def _hidden(self, batch: Any) -> Tensor:
-        modes = {part: part.training for part in self.module.modules()}
-        self.module.eval()
-        try:
-            with torch.no_grad(), HiddenCapture(self.module) as capture:
-                output = self._forward(self.module, batch)
-        except TypeError as error:
-            raise InputError(
-                f"the model cannot be called on a batch of type {type(batch).__name__} ({error}). Pass forward=, "
-                "a function of the model and the batch; batches of (inputs, labels) need one."
-            ) from error
-        finally:
-            for part, training in modes.items():
-                part.training = training
+        with HiddenCapture(self.module) as capture:
+            output = run(self.module, self._forward, batch)
         hidden = capture.last if capture.last is not None else output
         if not isinstance(hidden, Tensor):
             raise InputError(f"the model returns {type(hidden).__name__} and runs no linear layer. Pass forward=.")
@@ -136,24 +125,3 @@ class HiddenCapture:
 
     def _keep(self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.last = (arguments[0] if arguments else named["input"]).detach()
-
-
-def call(module: nn.Module, batch: Any) -> object:
-    """Run `module` on a batch: a mapping by keyword, a sequence by position, anything else as the only argument."""
-    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
-    moved = _to(batch, device)
-    if isinstance(moved, Mapping):
-        return module(**cast("Mapping[str, Any]", moved))
-    if isinstance(moved, Sequence) and not isinstance(moved, str):
-        return module(*cast("Sequence[Any]", moved))
-    return module(moved)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in cast("Mapping[Any, Any]", value).items()}
-    if isinstance(value, (list, tuple)):
-        return [_to(item, device) for item in cast("Sequence[Any]", value)]
-    return value

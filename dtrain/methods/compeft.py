@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -12,7 +13,7 @@ from dtrain.errors import InputError
 from dtrain.methods.accounting import binary_entropy
 from dtrain.methods.inputs import Inputs
 from dtrain.methods.method import Deltas, Encoder, Method, check_choice, check_keep, check_type
-from dtrain.methods.top import top_positions, top_threshold
+from dtrain.methods.top import nonzero_at, top_positions, top_threshold
 from dtrain.stages import All, Indexed, Payload, Pipeline, Sign, encode
 
 
@@ -47,8 +48,8 @@ class ComPEFT(Method):
         check_keep(self.keep)
         check_type("alpha", self.alpha, float)
         check_choice("scope", self.scope, ("model", "tensor"))
-        if not self.alpha > 0:
-            raise InputError(f"`alpha` must be positive, got {self.alpha}. Use alpha=1.")
+        if not 0 < self.alpha < math.inf:
+            raise InputError(f"`alpha` must be a positive number, got {self.alpha}. Use alpha=1.")
 
     @property
     def nominal_bits(self) -> float:
@@ -69,7 +70,8 @@ class ComPEFT(Method):
         return self._signs(name, delta, (delta.abs().reshape(-1) >= threshold).nonzero().view(-1))
 
     def _signs(self, name: str, delta: Tensor, positions: Tensor) -> tuple[Payload, ...]:
-        select = All() if self.keep == 1 else Indexed()
+        positions = nonzero_at(delta, positions)
+        select = All() if positions.numel() == delta.numel() else Indexed()
         payload = encode(Pipeline(select, Sign()), name, delta, positions=positions)
         std = float(delta.double().std(correction=0)) if delta.numel() else 0.0
         return (replace(payload, scale=self.alpha * std),)

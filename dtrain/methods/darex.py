@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -76,7 +77,7 @@ class DareX(Rescaled):
 
     def _check_q(self) -> None:
         check_type("eta", self.eta, float)
-        if not self.eta > 0:
-            raise InputError(f"`eta` must be positive, got {self.eta}.")
+        if not 0 < self.eta < math.inf:
+            raise InputError(f"`eta` must be a positive number, got {self.eta}. Start with eta=1.")
         if self.q != "bound":
             super()._check_q()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dtrain.errors import InputError
 from dtrain.methods.inputs import Inputs
-from dtrain.methods.method import Method, check_type
+from dtrain.methods.method import Method, check_numbers, check_type
 from dtrain.stages import Affine, All, LowRank, Packed, Payload, Pipeline, encode, matrix_shape, singular_factors
 
 
@@ -25,8 +26,8 @@ class DeltaCoMe(Method):
       parameter are certain. We round to the nearest level in blocks of 128 entries, where the paper uses GPTQ with
       calibration data: a reading that needs no data and loses somewhat more.
     * **Data needed**: none.
-    * **Bits per parameter**: nominal `budget`; on disk 18/2 to 24/8 of 2 to 8 bits, 7 to 10 % more, for a step and a
-      zero per block.
+    * **Bits per parameter**: nominal `budget`; on disk 2 % (bands of 8 bits) to 7 % (of 2) more, for the step and the
+      zero of every block.
     * **When it fails**: deltas of full fine-tuning have a flat spectrum: at one bit per parameter much of the energy is
       beyond the last band. It is the method for deltas of low rank.
 
@@ -47,14 +48,16 @@ class DeltaCoMe(Method):
     source: ClassVar[str] = "arXiv 2406.08903"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", tuple(self.bits))
-        object.__setattr__(self, "ranks", tuple(self.ranks))
+        object.__setattr__(self, "bits", check_numbers("bits", self.bits, int))
+        object.__setattr__(self, "ranks", check_numbers("ranks", self.ranks, int))
         check_type("budget", self.budget, float)
         check_type("block", self.block, int)
-        if len(self.bits) != len(self.ranks) + 1 or not all(type(rank) is int and rank >= 0 for rank in self.ranks):
-            raise InputError(f"`ranks` must be one less than `bits`; got {self.ranks} for bits {self.bits}.")
-        if not (self.budget > 0 and self.block >= 2):
-            raise InputError(f"`budget` must be positive, `block` 2 or more; got {self.budget} and {self.block}.")
+        if len(self.bits) != len(self.ranks) + 1 or min(self.ranks, default=0) < 0:
+            raise InputError(f"`ranks` must be one less than `bits`, none negative; got {self.ranks} for {self.bits}.")
+        if not (0 < self.budget < math.inf and self.block >= 2):
+            raise InputError(
+                f"`budget` must be a positive number, `block` 2 or more; got {self.budget} and {self.block}."
+            )
         for bits in self.bits:
             _ = Affine(bits, self.block)
 
@@ -65,9 +68,11 @@ class DeltaCoMe(Method):
 
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return one payload per band; none where the budget is less than one singular value."""
+        bands, payloads = self._bands(delta), list[Payload]()
+        if not bands:
+            return ()
         factors = singular_factors(delta)
-        payloads: list[Payload] = []
-        for bits, first, rank in self._bands(delta):
+        for bits, first, rank in bands:
             pipeline = Pipeline(All(), Affine(bits, self.block), Packed(), LowRank(rank, first))
             payloads.append(encode(pipeline, name, delta, coefficients=factors[first : first + rank]))
         return tuple(payloads)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dtrain.errors import InputError
 from dtrain.methods.inputs import Inputs
-from dtrain.methods.method import Method, check_choice, check_type
+from dtrain.methods.method import Method, check_choice, check_numbers, check_type
 from dtrain.stages import All, BlockDct, Mixed, Packed, Payload, Pipeline, decode, encode
 
 
@@ -52,13 +52,13 @@ class DeltaDCT(Method):
     source: ClassVar[str] = "arXiv 2503.06676"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", tuple(self.bits))
-        object.__setattr__(self, "shares", tuple(self.shares))
+        object.__setattr__(self, "bits", check_numbers("bits", self.bits, int))
+        object.__setattr__(self, "shares", check_numbers("shares", self.shares, float))
         check_type("patch", self.patch, int)
         check_choice("fill", self.fill, ("mean", "zero"))
-        if len(self.bits) != len(self.shares) or not all(type(b) is int and 0 <= b <= 8 for b in self.bits):
+        if len(self.bits) != len(self.shares) or not all(0 <= bits <= 8 for bits in self.bits):
             raise InputError(f"`bits` must be 0 to 8, one per share; got {self.bits} and {self.shares}.")
-        if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+        if not (min(self.shares, default=0) >= 0 and abs(sum(self.shares) - 1) <= 1e-6):
             raise InputError(f"`shares` must be shares of 1, got {self.shares}. Use shares=[0.5, 0.5].")
         _ = self.pipeline
 

@@ -27,11 +27,11 @@ class DeltaDQ(Method):
     * **Bits per parameter**: nominal (bits - log2 parts) / alpha: 128x of 16 bits is alpha=8, bits=4, parts=8. On
       disk a code costs the entropy of its part as well: parts re-order the codes, they save nothing of themselves.
       Positions cost nothing, as they are a seed.
-    * **When it fails**: one range per tensor is poor on heavy tails: with four bits the error is most of the values
-      (use scope="row" or scope=128), with less it is all of them.
+    * **When it fails**: one range per tensor is poor on heavy tails: on those of Student's t(3) four bits lose 0.6 of
+      the energy of what is kept, two bits nearly all of it. With scope="row" four bits lose 0.07, with scope=128 0.03.
 
     Args:
-        alpha: One element in alpha is kept: an integer, 1 or more.
+        alpha: One element in alpha is kept: an integer, 1 to 65536.
         group: Neighbours in a group: "alpha" (one survivor each), "row", a multiple of alpha up to 65536, or "search"
             to take what changes the attention scores least.
         bits: Bits of a code, 1 to 16.
@@ -54,16 +54,16 @@ class DeltaDQ(Method):
     def __post_init__(self) -> None:
         for name in ("alpha", "bits", "parts", "seed"):
             check_type(name, getattr(self, name), int)
-        if not (self.alpha >= 1 and 1 <= self.bits <= 16 and 0 <= self.seed < 1 << 64):
+        if not (1 <= self.alpha <= 1 << 16 and 1 <= self.bits <= 16 and 0 <= self.seed < 1 << 64):
             raise InputError(
-                f"`alpha` must be at least 1, `bits` in [1, 16], `seed` in [0, 2**64); got {self.alpha}, {self.bits}, "
-                f"{self.seed}."
+                f"`alpha` must be in [1, 65536], `bits` in [1, 16], `seed` in [0, 2**64); got {self.alpha}, "
+                f"{self.bits}, {self.seed}."
             )
         if self.group not in ("alpha", "row", "search") and (
             type(self.group) is not int or self.group % self.alpha or not 1 <= self.group <= 1 << 16
         ):
             raise InputError(
-                f"`group` must be a multiple of alpha={self.alpha}, got {self.group!r}. Use group='alpha'."
+                f"`group` must be a multiple of alpha={self.alpha} up to 65536, got {self.group!r}. Use group='alpha'."
             )
         if self.scope not in ("tensor", "row") and (type(self.scope) is not int or self.scope < 2):
             raise InputError(f"`scope` must be 'tensor', 'row' or at least 2, got {self.scope!r}. Use scope=128.")
@@ -93,7 +93,7 @@ class DeltaDQ(Method):
     def _select(self, columns: int) -> All | Groups:
         if self.alpha == 1:
             return All()
-        # A row that alpha does not divide is taken as the next longer one: the same share is kept.
+        # A row that alpha does not divide is taken as the next longer one: the same share is kept, across rows.
         row = max(1, -(-columns // self.alpha)) * self.alpha
         size = self.group if isinstance(self.group, int) else {"row": row}.get(self.group, self.alpha)
         return Groups(size, size // self.alpha, self.seed)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dtrain.errors import InputError
+from dtrain.methods.bitdelta import BitDelta
 from dtrain.methods.drop import Values
 from dtrain.methods.inputs import Inputs
-from dtrain.methods.magnitude import Magnitude
 from dtrain.methods.method import Deltas, Encoder, Method, Needs, check_type
 from dtrain.stages import (
     All,
@@ -53,7 +53,7 @@ class Eora(Method):
         InputError: If an argument is out of its range.
     """
 
-    host: Method = field(default_factory=Magnitude)
+    host: Method = field(default_factory=BitDelta)
     rank: int = 4
     values: Values = "uniform8"
     weighted: bool = True
@@ -61,6 +61,8 @@ class Eora(Method):
 
     def __post_init__(self) -> None:
         check_type("rank", self.rank, int)
+        if not isinstance(self.host, Method):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"`host` must be a method such as dtrain.BitDelta(), got {self.host!r}.")
         _ = value_format(self.values)
         if self.rank < 1:
             raise InputError(f"`rank` must be at least 1, got {self.rank}.")

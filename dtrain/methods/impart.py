@@ -39,7 +39,8 @@ class ImPart(Method):
       rescaling are certain. gamma is solved for from `keep`; where even gamma = 1 keeps too much, more of the tail is
       pruned (a reading). Rates are rounded to a ladder of four per factor of two, so that neighbours share a mask.
     * **Data needed**: none; the paper tunes beta on validation data.
-    * **Bits per parameter**: nominal 16 * keep; on disk the same, since all masks are seeds.
+    * **Bits per parameter**: nominal 16 * keep; on disk the same but for the rounding of rates, which is within 10 %
+      (more where only a few vectors are kept), since all masks are seeds.
     * **When it fails**: deltas of full fine-tuning have a flat spectrum; two masks, of u_k and v_k, square the noise.
 
     Args:
@@ -77,6 +78,8 @@ class ImPart(Method):
 
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return one payload per run of singular values that are kept at the same rate."""
+        if not delta.numel():
+            return ()
         factors, payloads = singular_factors(delta), list[Payload]()
         rates = self._rates(delta, factors)
         stop = 0
@@ -93,9 +96,7 @@ class ImPart(Method):
         rows, columns = matrix_shape(delta.shape)
         u, v = (part.double().square().sum(1) for part in (factors[:, :rows], factors[:, rows:]))
         size = (u * v).sqrt()  # the singular values: a pair's length, however it is shared out
-        wanted = self.keep * rows * columns / max(rows + columns, 1)  # in pairs of vectors
-        if not wanted:
-            return size[:0]
+        wanted = self.keep * rows * columns / (rows + columns)  # in pairs of vectors
         importance = size / size[0].clamp_min(1e-300)
         # At gamma = 1 a pair is kept at the rate of its importance: so many pairs can be afforded.
         affordable = int((importance.cumsum(0) <= wanted).sum())

@@ -10,15 +10,19 @@ from torch import Tensor
 from dtrain.methods.drop import Values, with_norm_of
 from dtrain.methods.inputs import Inputs
 from dtrain.methods.method import Method, check_choice, check_keep
-from dtrain.methods.top import top_positions
+from dtrain.methods.top import nonzero_at, top_positions
 from dtrain.stages import All, Indexed, Packed, Payload, Pipeline, Rans, encode, value_format
 
 
-def stored(keep: float, values: Values) -> Pipeline:
-    """Return the pipeline of values at positions that are stored; `keep=1` stores all values and no positions."""
-    quantise = value_format(values)
-    coded = values.startswith("uniform")  # few symbols, and not equally likely
-    return Pipeline(All() if keep == 1 else Indexed(), quantise, Rans() if coded else Packed())
+def encode_at(positions: Tensor, keep: float, values: Values, name: str, delta: Tensor) -> Payload:
+    """Encode the values at `positions`, and these as well; `keep=1` stores all values and no positions."""
+    select, positions = All() if keep == 1 else Indexed(), nonzero_at(delta, positions)
+    # The levels of a uniform quantiser are not equally likely; but a short stream is not worth a coder's table.
+    codes = (Packed(), Rans()) if values.startswith("uniform") else (Packed(),)
+    payloads = [
+        encode(Pipeline(select, value_format(values), code), name, delta, positions=positions) for code in codes
+    ]
+    return min(payloads, key=lambda payload: payload.data.numel())
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Magnitude(Method):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_choice("rescale", self.rescale, ("none", "norm"))
-        _ = stored(self.keep, self.values)
+        _ = value_format(self.values)
 
     @property
     def nominal_bits(self) -> float:
@@ -63,5 +67,5 @@ class Magnitude(Method):
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return the greatest values and their positions."""
         positions = top_positions(delta.abs().reshape(1, -1), round(self.keep * delta.numel()))
-        payload = encode(stored(self.keep, self.values), name, delta, positions=positions)
+        payload = encode_at(positions, self.keep, self.values, name, delta)
         return (with_norm_of(delta, name, payload) if self.rescale == "norm" else payload,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from dtrain.errors import InputError
 from dtrain.methods.inputs import Inputs
 from dtrain.stages import Payload
 
+_Number = TypeVar("_Number", int, float)
 Needs = Literal["nothing", "objective", "inputs", "covariance"]
 #: Name of every tensor to compress, with a function that computes its delta (float32): all of them at once would take
 #: as much memory as the model.
@@ -74,6 +75,20 @@ def check_type(name: str, value: object, kind: type[int] | type[float]) -> None:
     if isinstance(value, bool) or type(value) not in allowed:
         word = "a number" if kind is float else "an integer"
         raise InputError(f"`{name}` must be {word}, got {value!r}. Convert it with {kind.__name__}(...).")
+
+
+def check_numbers(name: str, values: object, kind: type[_Number]) -> tuple[_Number, ...]:
+    """Return a list or tuple of numbers of `kind` as a tuple.
+
+    Raises:
+        InputError: If it is anything else.
+    """
+    if not isinstance(values, (list, tuple)):
+        raise InputError(f"`{name}` must be a list of numbers, got {values!r}. Use {name}=[...].")
+    numbers = cast("Sequence[_Number]", values)
+    for number in numbers:
+        check_type(name, number, kind)
+    return tuple(numbers)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ class Structured(Rescaled):
         search: "grid": a logarithmic grid, refined once around its best point; "golden": golden-section search.
         masks: Number of masks the objective is averaged over while searching. The file holds the first one.
         unit: "column" (an input), "row" (an output) or "block" (a square).
-        block: Side of a block, 1 to 1024; for unit="block" only.
+        block: Side of a block, 2 to 1024; for unit="block" only.
         values: How kept values are stored: "float16", "bfloat16", "uniform8", "uniform4", "uniform2" or "sign".
 
     Raises:

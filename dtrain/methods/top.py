@@ -26,7 +26,12 @@ def top_positions(score: Tensor, count: int) -> Tensor:
     least = score.kthvalue(columns - count + 1, dim=1, keepdim=True).values
     above, equal = score > least, score == least
     missing = count - above.sum(1, keepdim=True)
-    return (above | (equal & (equal.cumsum(1) <= missing))).view(-1).nonzero().view(-1)
+    return (above | (equal & (equal.cumsum(1) <= missing))).reshape(-1).nonzero().view(-1)
+
+
+def nonzero_at(values: Tensor, positions: Tensor) -> Tensor:
+    """Return those of `positions` in the flattened `values` that hold no 0: it has no sign, and need not be stored."""
+    return positions[(values.reshape(-1)[positions] != 0).to(positions.device)]
 
 
 def top_threshold(deltas: Deltas, keep: float) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dtrain.errors import InputError
 from dtrain.methods.inputs import Inputs
 from dtrain.methods.method import Deltas, Encoder, Method, check_keep, check_type
+from dtrain.methods.top import nonzero_at
 from dtrain.stages import Affine, All, Indexed, Payload, Pipeline, Rans, decode, encode, matrix_shape, random_order
 
 
@@ -32,15 +33,15 @@ class UltraDelta(Method):
 
     * **Source**: Wang et al., "UltraDelta", arXiv 2505.13563, section 3. Three groups by standard deviation, pruning
       within levels and gamma in [0.5, 1], falling with the trace norm, are certain. That the groups are equally many
-      tensors and that gamma falls linearly are readings.
+      tensors, that gamma falls linearly and that every level keeps one element at least are readings.
     * **Data needed**: none.
     * **Bits per parameter**: nominal bits * keep (as in the paper's second version; its third counts the positions
-      too); on disk keep * H(codes) + H(keep), since what is pruned within a level is no seed.
+      too); on disk keep * H(codes) + H(keep), less what level 0 would take, since what is pruned is no seed.
     * **When it fails**: the positions cost more than the values: a seeded mask at the same bytes keeps several times
       as many elements.
 
     Args:
-        keep: Share of the elements that is kept on average, in (0, 1].
+        keep: Share of the elements that the middle group keeps, in (0, 1].
         step: How much more and less the outer groups keep, as a share of `keep`, in [0, 1).
         bits: Bits of a level before pruning, 1 to 12.
         gamma: Correction of the scale for the greatest trace norm, in (0, 1]; 1 for none.
@@ -103,9 +104,9 @@ class UltraDelta(Method):
         quantise = Affine(self.bits)
         levels = encode(Pipeline(All(), quantise), name, delta)
         values = decode(levels, name, delta.shape).values  # whole numbers, 0 among them
-        if keep == 1:
+        if keep == 1 or not values.numel():
             return (replace(levels, scale=levels.scale * gamma),)
-        positions = self._within_levels(name, values, keep)
+        positions = nonzero_at(values, self._within_levels(name, values, keep))
         pipeline = Pipeline(Indexed(), quantise, Rans())
         payload = encode(pipeline, name, values.view(delta.shape), positions=positions)
         return (replace(payload, scale=payload.scale * levels.scale * gamma / keep),)
@@ -115,8 +116,7 @@ class UltraDelta(Method):
 
         One at least, so that the least and the greatest level stay where they are.
         """
-        order = random_order(self.seed, name, values.numel())
-        by_level = order[torch.sort(values[order], stable=True).indices]
+        by_level = random_order(self.seed, name, values - values.amin())
         counts = cast("Tensor", torch.unique_consecutive(values[by_level], return_counts=True)[1])
         starts = counts.cumsum(0) - counts
         rank = torch.arange(values.numel()) - starts.repeat_interleave(counts)

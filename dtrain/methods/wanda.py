@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dtrain.methods.drop import Values
 from dtrain.methods.inputs import Inputs
-from dtrain.methods.magnitude import stored
+from dtrain.methods.magnitude import encode_at
 from dtrain.methods.method import Method, Needs, check_keep
 from dtrain.methods.top import top_positions
-from dtrain.stages import Payload, encode, matrix_shape, value_format
+from dtrain.stages import Payload, matrix_shape, value_format
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Wanda(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        _ = stored(self.keep, self.values)
+        _ = value_format(self.values)
 
     @property
     def needs(self) -> Needs:
@@ -65,4 +65,4 @@ class Wanda(Method):
         if inputs is not None and inputs.transposed:
             outputs, columns = score.shape  # the file's order is the tensor's: (inputs, outputs)
             positions = (positions % columns * outputs + positions // columns).sort().values
-        return (encode(stored(self.keep, self.values), name, delta, positions=positions),)
+        return (encode_at(positions, self.keep, self.values, name, delta),)

@@ -61,7 +61,7 @@ class Indexed:
         symbols = rans_decode(cursor, length, _ESCAPE + 1).long()
         ends = (symbols < _ESCAPE).nonzero().view(-1)
         if ends.numel() != count or int(ends[-1]) != length - 1:
-            raise ValueError(f"{ends.numel()} positions where {count} were stated")
+            raise ValueError(f"{length} symbols end {ends.numel()} positions where {count} were stated")
         high = torch.diff(torch.cumsum(symbols, 0)[ends], prepend=torch.tensor([0]))
         gaps = (high.clamp_max((numel >> low) + 1) << low) + rest + 1
         if float(gaps.sum(dtype=torch.float64)) > numel:  # in floating point: integers could wrap, and seem to fit

@@ -70,7 +70,17 @@ def words(key: tuple[int, int], start: int, count: int, device: torch.device | s
     return out
 
 
-def random_order(seed: int, name: str, count: int) -> Tensor:
-    """Return a random order of `count` positions, int64: that of their words; of equal words the first comes first."""
+def random_order(seed: int, name: str, levels: Tensor) -> Tensor:
+    """Return the positions of `levels` by level, the least first, and in random order within each.
+
+    Args:
+        seed: Seed of the order.
+        name: The tensor's name, which picks its stream.
+        levels: Whole numbers in [0, 2**31), of any dtype, shape (n,).
+
+    Returns:
+        int64 of shape (n,): within a level that of the words; of equal words the first position comes first.
+    """
+    count = levels.numel()
     drawn = words(stream_key(seed, name), 0, -(-count // 4) * 4)[:count]
-    return torch.sort(drawn, stable=True).indices
+    return torch.sort((levels.long() << 32) | drawn, stable=True).indices

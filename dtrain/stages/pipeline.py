@@ -188,7 +188,7 @@ def decode(payload: Payload, name: str, shape: Sequence[int], device: torch.devi
 
 
 def kept_values(payload: Payload, name: str, shape: Sequence[int]) -> int:
-    """Return how many coefficients a payload holds."""
+    """Return how many coefficients a payload holds; those that a transform adds at the edges are not counted."""
     transform, select, quantise, code = _stages(payload.pipeline)
     grid = transform.grid(shape)
     if isinstance(select, All) or isinstance(quantise, Mixed):

@@ -27,15 +27,16 @@ def product(rank, size):
     return change
 
 
-SMALL, LARGE = ("no", "DareX"), ("yes", "Magnitude")
+SMALL, LARGE = ("no", "SeededSign"), ("yes", "Magnitude")
 #: Kinds of delta: how one is made, whether the chart calls it large, and the method it ends in.
 KINDS = {
     "as fine-tunes are": (gaussian(3e-4), *SMALL),
-    "just below the limits": (gaussian(5.8e-3), *SMALL),
-    "large for the base": (gaussian(6.2e-3), *LARGE),  # mean |D| is 4.9e-3
-    "as after continued pre-training": (gaussian(1.3e-2), *LARGE),
+    "just below the limits": (gaussian(9.5e-3), *SMALL),
+    "large for the base": (gaussian(1.06e-2), *LARGE),  # mean |D| is 8.5e-3
+    "as after continued pre-training": (gaussian(2e-2), *LARGE),
     "mostly zero": (sparse(0.02), None, "Lossless"),
     "half zero": (sparse(0.5), *SMALL),
-    "a merged adapter": (product(4, 1e-3), "no", "DeltaCoMe"),
+    "a merged adapter": (product(4, 1e-3), *SMALL),
+    "of low rank, with a tail": (lambda shape: product(2, 1e-3)(shape) + gaussian(2e-4)(shape), *SMALL),
     "only vectors": (lambda shape: gaussian(1e-3)(shape) if len(shape) == 1 else 0.0, None, "Dare"),
 }

@@ -165,3 +165,14 @@ def test_a_metric_is_made_small(mode, sign, value):
 def test_both_are_objectives(objective):
     assert isinstance(objective, Objective)
     assert objective.label
+
+
+def test_a_compiled_module_shows_its_hidden_state():
+    """Compiled code runs no hooks once it has been traced without them."""
+    module = torch.compile(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), backend="eager").eval()
+    batch = torch.randn(3, 4)
+    with torch.no_grad():
+        module(batch)
+    objective = HiddenChange(module, [batch])
+    objective.remember()
+    assert objective._target[0].shape == (3, 5)

@@ -1,16 +1,43 @@
 """One table of methods with what is expected of each, and one zoo of tensors: they feed every generic test."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 import dtrain
-from dtrain import Dare, DareX, Lossless, Method, Rules
+from dtrain import (
+    BitDelta,
+    Calibration,
+    ComPEFT,
+    Dare,
+    DareX,
+    DeltaCoMe,
+    DeltaDCT,
+    DeltaDQ,
+    Ecsq,
+    Eora,
+    ImPart,
+    Inputs,
+    Lossless,
+    Magnitude,
+    Method,
+    Rules,
+    SeededSign,
+    Structured,
+    UltraDelta,
+    Wanda,
+)
 from dtrain.artifact import pack_file
+from dtrain.stages import Payload, decode
 
 HALF = 2**-11
 RULES = Rules(whole=("head.*",), drop=("dropped",))
+UNSEEN = ("sliced", "größe/x")  # matrices that the calibration multiplies by nothing
 
 
 class Setting(NamedTuple):
@@ -19,31 +46,81 @@ class Setting(NamedTuple):
     Args:
         id: Name of the test case.
         method: The method.
+        full: The same at its finest, where it is to recover the delta; None where it cannot.
+        error: Greatest error of one element of `full`, as a share of the greatest change.
         unbiased: Whether the mean over seeds is the delta.
-        error: Greatest error of one kept value, as a share of the value; None where the format promises less.
+        exact: Whether any two readers agree in every bit; else to the last place.
     """
 
     id: str
     method: Method
+    full: Method | None = None
+    error: float = HALF
     unbiased: bool = False
-    error: float | None = None
+    exact: bool = True
+
+
+def _random(method: Method) -> list[Setting]:
+    """Return the rows of a method that takes `values`, at every format."""
+    errors = {"float16": HALF, "bfloat16": 2**-8, "uniform8": 0.5 / 127, "uniform4": 0.5 / 7, "uniform2": 0.5}
+    all_of = {"keep": 1, **({"q": 1.0} if isinstance(method, DareX) else {})}
+    rows = [
+        Setting(f"{type(method).__name__} {values}", replace(method, values=values), None, error)
+        for values, error in errors.items()
+    ]
+    sign = Setting(f"{type(method).__name__} sign", replace(method, values="sign"))
+    return [row._replace(full=replace(row.method, **all_of)) for row in rows] + [sign]
 
 
 SETTINGS = [
-    Setting("dare", Dare(keep=0.1), True, HALF),
-    Setting("dare nearly all", Dare(keep=0.9, seed=2**64 - 1), True, HALF),
-    Setting("dare stratified", Dare(keep=0.25, mask="stratified"), True, HALF),
-    Setting("dare stratified above half", Dare(keep=0.75, mask="stratified"), True, HALF),
-    Setting("dare bfloat16", Dare(keep=0.3, values="bfloat16"), True, 2**-8),
-    Setting("dare uniform8", Dare(keep=0.3, values="uniform8")),
-    Setting("dare uniform4", Dare(keep=0.3, values="uniform4")),
-    Setting("dare uniform2", Dare(keep=0.3, values="uniform2")),
-    Setting("dare sign", Dare(keep=0.3, values="sign")),
-    Setting("all", Dare(keep=1), error=HALF),
-    Setting("darex", DareX(keep=0.1, q=0.3), error=HALF),
-    Setting("darex norm", DareX(keep=0.1, q="norm"), error=HALF),
-    Setting("darex norm sign", DareX(keep=0.1, q="norm", values="sign", mask="stratified")),
-    Setting("lossless", Lossless(), error=0.0),
+    *_random(Dare(keep=0.3)),
+    *_random(Magnitude(keep=0.3)),
+    Setting("Dare", Dare(keep=0.1), Dare(keep=1), unbiased=True),
+    Setting("Dare nearly all", Dare(keep=0.9, seed=2**64 - 1), unbiased=True),
+    Setting("Dare stratified", Dare(keep=0.25, mask="stratified"), unbiased=True),
+    Setting("Dare stratified above half", Dare(keep=0.75, mask="stratified"), unbiased=True),
+    Setting("Dare all", Dare(keep=1)),
+    Setting("DareX", DareX(keep=0.1, q=0.3), DareX(keep=1, q=1.0)),
+    Setting("DareX keep", DareX(keep=0.2, q="keep", scope="layer", search="golden"), unbiased=True),
+    Setting("DareX norm", DareX(keep=0.1, q="norm"), DareX(keep=1, q="norm")),
+    Setting("DareX norm sign", DareX(keep=0.1, q="norm", values="sign", mask="stratified")),
+    Setting("DareX bound", DareX(keep=0.2, q="bound", eta=0.5), DareX(keep=1, q="bound")),
+    Setting("DareX bound signed", DareX(keep=0.2, q="bound", signed=True, values="uniform8")),
+    Setting("Structured columns", Structured(keep=0.5, q="keep"), Structured(keep=1, q="keep"), unbiased=True),
+    Setting("Structured rows", Structured(keep=0.5, q=0.7, unit="row", values="uniform4")),
+    Setting("Structured blocks", Structured(keep=0.3, q="keep", unit="block", block=3), unbiased=True),
+    Setting("Magnitude norm", Magnitude(keep=0.05, rescale="norm"), Magnitude(keep=1, rescale="norm")),
+    Setting("Wanda", Wanda(keep=0.3), Wanda(keep=1)),
+    Setting("Wanda uniform4", Wanda(keep=0.5, values="uniform4"), Wanda(keep=1, values="uniform4"), 0.5 / 7),
+    Setting("DeltaDQ", DeltaDQ(), DeltaDQ(alpha=1, bits=16), 2**-15),
+    Setting("DeltaDQ rows", DeltaDQ(alpha=4, group="row", bits=8, scope="row"), DeltaDQ(alpha=1, bits=8), 2**-8),
+    Setting("DeltaDQ groups", DeltaDQ(alpha=3, group=12, bits=16, parts=1, scope=5), unbiased=True),
+    Setting("DeltaDQ parts only", DeltaDQ(alpha=2, bits=3, parts=8, seed=7)),
+    Setting("DeltaDQ all", DeltaDQ(alpha=1, bits=1, parts=2)),
+    Setting("DeltaDQ search", DeltaDQ(alpha=4, group="search", bits=6)),
+    Setting("DeltaDCT", DeltaDCT(), DeltaDCT(bits=[8], shares=[1]), 2**-5, exact=False),
+    Setting("DeltaDCT four classes", DeltaDCT(4, (5, 3, 1, 0), (0.1, 0.2, 0.3, 0.4), "zero", False), exact=False),
+    Setting("BitDelta", BitDelta()),
+    Setting("BitDelta rows", BitDelta("row")),
+    Setting("BitDelta columns", BitDelta("column")),
+    Setting("ComPEFT", ComPEFT(keep=0.2)),
+    Setting("ComPEFT tensors", ComPEFT(keep=0.05, alpha=2.0, scope="tensor")),
+    Setting("ComPEFT all", ComPEFT(keep=1)),
+    Setting("DeltaCoMe", DeltaCoMe(), DeltaCoMe([16], [], 99, 16), 2**-8, exact=False),
+    Setting("DeltaCoMe bands", DeltaCoMe([4, 2], [1], 3.0, 32), exact=False),
+    Setting("ImPart", ImPart(keep=0.5), ImPart(keep=2), 2**-9, exact=False),
+    Setting("ImPart tail", ImPart(keep=1, beta=0.4, values="uniform8", seed=2**64 - 1), exact=False),
+    Setting("UltraDelta", UltraDelta(keep=0.3), UltraDelta(keep=1, step=0, bits=12, gamma=1), 2**-12),
+    Setting("UltraDelta plain", UltraDelta(keep=0.8, step=0.5, bits=2, gamma=1.0, seed=3)),
+    Setting("Eora", Eora(), Eora(rank=99, values="float16"), 2**-8, exact=False),
+    Setting("Eora plain", Eora(BitDelta("row"), 2, weighted=False), exact=False),
+    Setting("Eora on a search", Eora(DeltaDQ(alpha=4, group="search"), 1, "sign"), exact=False),
+    Setting("Eora on a plan", Eora(ComPEFT(), 3, "bfloat16"), exact=False),
+    Setting("Ecsq", Ecsq(), Ecsq(bits=8), 2**-6),
+    Setting("Ecsq small", Ecsq(bits=0.1)),
+    Setting("SeededSign", SeededSign(keep=0.25)),
+    Setting("SeededSign norm", SeededSign(keep=0.6, q="norm", seed=9)),
+    Setting("Lossless", Lossless(), Lossless(), 0.0),
 ]
 LOSSY = [setting for setting in SETTINGS if not setting.method.bitwise]
 
@@ -74,6 +151,10 @@ def zoo() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         "frozen": torch.randn(4, 4),
         "dropped": torch.randn(4, 4),
         "tied.a": torch.randn(6, 5),
+        "attn.query.weight": torch.randn(8, 18),
+        "attn.key.weight": torch.randn(8, 18),
+        "attn.key.bias": torch.randn(8),
+        "conv1d": torch.randn(18, 8),
     }
     tuned = {name: _change(value) for name, value in base.items()}
     tuned["frozen"] = base["frozen"].clone()
@@ -88,10 +169,44 @@ def zoo() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return base, tuned
 
 
+def inputs(step: int, *shape: int) -> torch.Tensor:
+    """Return what a layer sees: it hangs on nothing but the step and the shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(step))
+
+
+def look(module: nn.Module, step: int) -> None:
+    """Multiply nearly all matrices by inputs: one as Hugging Face's `Conv1D` does, one as a convolution."""
+    for name, weight in module.named_parameters():
+        if weight.ndim == 2 and weight.numel() and name not in UNSEEN:
+            if name == "conv1d":
+                torch.addmm(torch.zeros(8), inputs(step, 30, 18), weight)
+            else:
+                functional.linear(inputs(step, 30, weight.shape[1]).to(weight.dtype), weight)
+    functional.conv2d(inputs(step, 2, 3, 5, 5), module.conv.weight)
+
+
+def calibration_of(state: dict[str, torch.Tensor]) -> Calibration:
+    """Return a calibration that sees most matrices of a model with this state."""
+    return Calibration(module_of(state), [0, 1], look)
+
+
 def compress_zoo(method: Method) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dtrain.Delta]:
     """Return the zoo's base, its fine-tune, and the delta between them."""
     base, tuned = zoo()
-    return base, tuned, dtrain.compress(base, tuned, method, rules=RULES)
+    return base, tuned, dtrain.compress(base, tuned, method, calibration=calibration_of(tuned), rules=RULES)
+
+
+def dense(payloads: Sequence[Payload], shape: Sequence[int], name: str = "w") -> torch.Tensor:
+    """Return the sum of scale * decode(payload), float64."""
+    total = torch.zeros(math.prod(shape), dtype=torch.float64)
+    for payload in payloads:
+        total += decode(payload, name, shape).dense(total.numel()).double() * payload.scale
+    return total.view(shape)
+
+
+def rebuilt(method: Method, delta: torch.Tensor, inputs: Inputs | None = None) -> torch.Tensor:
+    """Return what is left of one tensor's delta after encoding and decoding, float64."""
+    return dense(method.encode("w", delta, inputs), delta.shape)
 
 
 def tiny(method: Method | None = None) -> tuple[dict[str, torch.Tensor], dtrain.Delta]:

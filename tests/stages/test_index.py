@@ -74,7 +74,8 @@ MALFORMED = {
     "a great many symbols": (varint(3) + b"\0" + varint(2**62), "do not fit"),
     "two symbols too many": (crafted(3, 0, 5, symbols=[63, 63, 0, 0, 0]), "do not fit"),
     "49 low bits": (crafted(1, 49, 1, bytes(7), [0]), "do not fit"),
-    "escape at the end": (crafted(2, 0, 2, symbols=[0, 63]), "1 positions where 2"),
+    "escape at the end": (crafted(2, 0, 2, symbols=[0, 63]), "end 1 positions where 2"),
+    "escape behind the last": (crafted(1, 0, 2, symbols=[0, 63]), "end 1 positions where 1"),
     "too few positions": (crafted(2, 0, 3, symbols=[0, 63, 63]), "1 positions where 2"),
     "too many positions": (crafted(2, 0, 3, symbols=[0, 0, 0]), "3 positions where 2"),
     "just outside": (crafted(2, 0, 3, symbols=[63, 36, 0]), "lies outside"),
@@ -104,6 +105,13 @@ def test_distances_that_wrap_around_are_refused():
     assert int((rest + 1).sum()) == numel // 2
     with pytest.raises(ValueError, match="lies outside"):
         Indexed().read(Cursor(crafted(count, 48, count, b"".join(planes), [0] * count)), numel)
+
+
+def test_one_distance_that_wraps_around_is_refused():
+    """2**16 << 48 is 0 in 64 bits."""
+    symbols = [63] * 1040 + [16]
+    with pytest.raises(ValueError, match="lies outside"):
+        Indexed().read(Cursor(crafted(1, 48, len(symbols), bytes(6), symbols)), 10**6)
 
 
 @pytest.mark.parametrize(("numel", "keep"), [(200, 0.5), (4000, 0.02), (1 << 28, 2.0**-24)])

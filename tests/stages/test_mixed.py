@@ -12,6 +12,7 @@ from dtrain.stages import All, BlockDct, Mixed, Packed, Payload, Pipeline, Rans,
 from dtrain.stages.bits import packed_size
 from dtrain.stages.quantise import blocks
 from dtrain.stages.rans import rans_encode
+from tests.artifact import reference_stages as reference
 
 GROUP, HALF = 16, 2.0**-11
 
@@ -24,6 +25,27 @@ def run(values, widths, fill):
     side = torch.cat([widths.to(torch.uint8), coded.side[rans_encode(widths).numel() :]])
     assert mixed.symbol_count(side, parts) == coded.symbols.numel()
     return coded, mixed.decode(side, coded.symbols, parts).view(-1, GROUP) * coded.scale
+
+
+def levels(coded, widths):
+    """Every level of every block of more than no bits, from the side information."""
+    reader = reference.Reader(bytes(coded.side[rans_encode(torch.tensor(widths)).numel() :].tolist()))
+    lows, steps = reader.halves(len(widths)), reader.halves(len(widths))
+    return [
+        [coded.scale * (low + step * code) for code in range(1 << bits)]
+        for low, step, bits in zip(lows, steps, widths, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, -40.0])
+def test_every_value_goes_to_the_nearest_level(shift):
+    """Of the levels as they will be read: half precision moves them by more than a step where a block lies far off."""
+    widths = [1, 2, 3, 5, 8] * 4
+    values = torch.randn(20, GROUP) + shift
+    coded, found = run(values, widths, fill=False)
+    for block, back, known in zip(values.tolist(), found.tolist(), levels(coded, widths), strict=True):
+        for value, decoded in zip(block, back, strict=True):
+            assert abs(decoded - value) <= min(abs(level - value) for level in known) + 1e-5 * (1 + abs(shift))
 
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=30), st.booleans(), st.floats(-2, 2))

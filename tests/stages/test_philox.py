@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.stages.philox import philox4x32, stream_key, words
+from dtrain.stages.philox import philox4x32, random_order, stream_key, words
 from tests.artifact import reference_stages as reference
 
 ONES = 0xFFFFFFFF
@@ -57,6 +57,13 @@ def test_words_do_not_depend_on_threads():
 
 def test_no_words():
     assert words(stream_key(0, ""), 0, 0).shape == (0,)
+
+
+@given(st.lists(st.integers(0, 3) | st.just(2**31 - 1), max_size=40), st.integers(0, 2**64 - 1))
+def test_a_random_order_is_that_of_level_and_word(levels, seed):
+    drawn = expected(seed, "w", 0, len(levels))
+    order = sorted(range(len(levels)), key=lambda i: (levels[i], drawn[i], i))
+    assert random_order(seed, "w", torch.tensor(levels, dtype=torch.int64)).tolist() == order
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])

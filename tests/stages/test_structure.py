@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 
 import pytest
 import torch
@@ -90,6 +91,12 @@ def test_groups_do_not_depend_on_chunks(monkeypatch):
     assert torch.equal(Groups(6, 2, 0).positions("w", (40, 20)), whole)
 
 
+def test_equal_words_are_taken_in_order(monkeypatch):
+    """Words are 32 bits long, so that ties do occur: once in some two million groups of 64."""
+    monkeypatch.setattr(structure, "words", lambda key, start, count, device: torch.arange(count) % 2)
+    assert Groups(100, 60, 0).positions("w", (1, 100)).tolist() == sorted([*range(0, 100, 2), *range(1, 20, 2)])
+
+
 def as_units(mask, unit, block):
     """Return the kept share of every unit."""
     if UNITS[unit] == "block":
@@ -111,6 +118,20 @@ def test_blocks_are_cut_off_at_the_edges(grid):
     blocks = dense(Units(2, 1, 0.4, 5), (-(-grid[0] // 4), -(-grid[1] // 4)))
     whole = blocks.repeat_interleave(4, 0).repeat_interleave(4, 1)[: grid[0], : grid[1]]
     assert torch.equal(dense(Units(2, 4, 0.4, 5), grid), whole)
+
+
+def test_bounds_know_what_edges_cut_off():
+    """Of two rows of blocks the lower one has a single line of the tensor: 3/8 of the blocks' elements are not there."""
+    select = Units(2, 4, 0.999, 0)
+    least, most = select.count_bounds((5, 40_000))
+    assert 0 < least < select.positions("w", (5, 40_000)).numel() <= most == 200_000
+
+
+def test_a_block_costs_no_more_than_what_is_there():
+    start = time.perf_counter()
+    found = Units(2, 1024, 0.5, 0).positions("w", (1, 400_000))
+    assert time.perf_counter() - start < 1
+    assert 0 < found.numel() < 400_000
 
 
 def test_blocks_of_one_are_bernoulli():

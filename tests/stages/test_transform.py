@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dtrain.errors import InputError
-from dtrain.stages import BlockDct, LowRank, Plain, Transposed, balanced, matrix_shape
+from dtrain.stages import BlockDct, LowRank, Plain, Transposed, balanced, matrix_shape, singular_factors
 
 SHAPES = [(6, 8), (5, 7), (1, 9), (13,), (), (3, 4, 5), (2, 3, 2, 2), (17, 2)]
 TRANSFORMS = [Plain(), Transposed(), BlockDct(2), BlockDct(3), BlockDct(8), BlockDct(128), LowRank(1)]
@@ -104,6 +104,23 @@ def test_slices_of_the_spectrum_add_up():
     slices = [LowRank(2), LowRank(1, first=2), LowRank(3, first=3)]
     total = sum(part.inverse(part.forward(values), (6, 9)) for part in slices)
     assert torch.allclose(total, values.view(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9), (4, 3, 5), (1, 6), (6, 1)], ids=str)
+@pytest.mark.parametrize("rank", [1, 3, 9], ids="of rank {}".format)
+def test_singular_factors(shape, rank):
+    """Orthogonal on both sides, as long as the singular values, in their order; the sum of all is the matrix itself."""
+    rows, columns = matrix_shape(shape)
+    matrix = torch.randn(rows, rank) @ torch.randn(rank, columns)
+    factors = singular_factors(matrix.view(shape)).double()
+    u, v = factors[:, :rows], factors[:, rows:]
+    assert torch.allclose(u.t() @ v, matrix.double(), rtol=0.0, atol=1e-5 * float(matrix.abs().max()))
+    singular = torch.linalg.svdvals(matrix.double())
+    slack = 1e-5 * float(singular[0])
+    assert torch.allclose(u.norm(dim=1) * v.norm(dim=1), singular, rtol=0.0, atol=slack)
+    for side, other in ((u, v), (v, u)):
+        spread = side @ side.t() * other.norm(dim=1)[:, None] * other.norm(dim=1)
+        assert torch.allclose(spread, (singular**2).diag(), rtol=0.0, atol=slack * float(singular[0]))
 
 
 @pytest.mark.parametrize("sizes", [(1.0, 1.0), (1e-6, 1e3), (1e5, 1e-8)])

@@ -1,0 +1,55 @@
+"""Run somebody else's module on a batch and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.errors import InputError
+
+
+def run(module: nn.Module, forward: Callable[[nn.Module, Any], object], batch: Any) -> object:
+    """Return what `forward` makes of `module` and `batch`, in evaluation mode and without gradients.
+
+    Compiled code runs eagerly: it does not pass through Python, where hooks and watchers are.
+
+    Raises:
+        InputError: If the module cannot be called on the batch.
+    """
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            return forward(module, batch)
+    except TypeError as error:
+        raise InputError(
+            f"the model cannot be called on a batch of type {type(batch).__name__} ({error}). Pass forward=, "
+            "a function of the model and the batch; batches of (inputs, labels) need one."
+        ) from error
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def call(module: nn.Module, batch: Any) -> object:
+    """Run `module` on a batch: a mapping by keyword, a sequence by position, anything else as the only argument."""
+    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+    moved = _to(batch, device)
+    if isinstance(moved, Mapping):
+        return module(**cast("Mapping[str, Any]", moved))
+    if isinstance(moved, Sequence) and not isinstance(moved, str):
+        return module(*cast("Sequence[Any]", moved))
+    return module(moved)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _to(item, device) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_to(item, device) for item in cast("Sequence[Any]", value)]
+    return value
