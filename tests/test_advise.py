@@ -1,6 +1,7 @@
 import json
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import dtrain
-from dtrain.advice import show
+from dtrain.advice import Measures, choices, show
 from dtrain.cli import main
 from dtrain.cli.parser import parse
 from tests.advice.pairs import KINDS, gaussian, pair, product
@@ -55,6 +56,21 @@ def test_what_is_recommended_can_be_pasted(case, tmp_path, monkeypatch):
             if choice.expected:
                 size = Path("delta.safetensors").stat().st_size
                 assert choice.expected.file_bytes == pytest.approx(size, rel=0.05, abs=500), choice
+
+
+@pytest.mark.parametrize(
+    ("elements", "keep", "signs"), [(10**5, 0.3, 0.3), (10**6, 0.1, 0.3), (10**7, 0.03, 0.1), (10**10, 0.01, 0.03)]
+)
+def test_the_keep_rate_to_begin_with_falls_with_the_size(elements, keep, signs):
+    advice = dtrain.advise(*pair(gaussian(1e-3), layers=1))
+    (tensor,) = advice.measures.tensors
+    grown = replace(tensor, shape=(elements // 1000, 1000), changed=elements, absolute=1e-3 * elements)
+    measures = Measures((replace(grown, energy=1.6e-6 * elements, base_energy=4e-4 * elements),))
+    assert choices.start_keep(measures) == keep
+    chooser = choices.Chooser("BASE", "FINETUNED", dtrain.Rules(), advice.sizes)
+    found = [choice.method for choice in choices.choose(measures, chooser, "encoder", keep)]
+    assert f"dtrain.SeededSign(keep={signs})" in found
+    assert f'dtrain.DareX(keep={keep}, scope="layer")' in found
 
 
 def test_the_rules_are_measured_with_and_go_into_the_command():

@@ -19,6 +19,7 @@ Argument = float | str | list[int]
 
 _KEEP = ((1e6, 0.3), (1e7, 0.1), (1e8, 0.03))  # weights less than, keep rate
 _KEEP_BEYOND = 0.01
+_SIGNS = {0.3: 0.3, 0.1: 0.3, 0.03: 0.1, 0.01: 0.03}  # of one-bit values three times as many are still far smaller
 _DELTACOME = 1.085  # bits on disk per bit of its budget: steps and zeros come on top
 
 
@@ -122,7 +123,7 @@ def _large(chooser: Chooser, keep: float) -> tuple[Choice, ...]:
 
 
 def _small(chooser: Chooser, architecture: Architecture, keep: float) -> tuple[Choice, ...]:
-    expect, signs = chooser.sizes.expect, min(0.3, round(3 * keep, 2))
+    expect, signs = chooser.sizes.expect, _SIGNS[keep]
     scope = "layer" if architecture == "encoder" else "model"
     inputs, labels = "dtrain.HiddenChange(model, batches)", "dtrain.Metric(model, evaluate)"
     fitted: dict[str, Argument] = {"keep": keep, "scope": scope}

@@ -121,7 +121,7 @@ def test_blocks_are_cut_off_at_the_edges(grid):
 
 
 def test_bounds_know_what_edges_cut_off():
-    """Of two rows of blocks the lower one has a single line of the tensor: 3/8 of the blocks' elements are not there."""
+    """Of two rows of blocks the lower one has one line of the tensor: 3/8 of the blocks' elements are not there."""
     select = Units(2, 4, 0.999, 0)
     least, most = select.count_bounds((5, 40_000))
     assert 0 < least < select.positions("w", (5, 40_000)).numel() <= most == 200_000
