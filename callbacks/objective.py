@@ -101,12 +101,11 @@ def validation_calibration(
         target: The part of it that the delta belongs to.
         batches: How many training batches to look at.
     """
-    loader = calibration_loader(trainer, pl_module)
-
-    def run(_: nn.Module, loader: Any) -> object:
-        return validate(trainer, pl_module, instead=loader, batches=batches)
-
-    return Calibration(target, [loader], run)
+    return Calibration(
+        target,
+        [calibration_loader(trainer, pl_module)],
+        lambda _, loader: validate(trainer, pl_module, instead=loader, batches=batches),
+    )
 
 
 def check_one_process(trainer: pl.Trainer, method: Method) -> None:

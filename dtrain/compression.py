@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def compress(
         method, inputs = calibrate(method, changes, calibration)
         metadata["uncalibrated"] = [c.name for c in changes if c.role == "method" and c.name not in inputs]
     metadata["method"] = method.describe()
-    encoder = method.plan([(change.name, change.delta) for change in changes if change.role == "method"])
+    encoder = method.plan([(change.name, partial(_delta, change)) for change in changes if change.role == "method"])
     payloads = {change.name: _encode(change, method, encoder, inputs.get(change.name)) for change in changes}
     if any(change.role == "method" for change in changes):
         metadata["nominal_bits"] = method.nominal_bits
@@ -89,13 +90,13 @@ def _zeros_for(tuned: Weights) -> Weights:
 def _encode(change: Change, method: Method, encoder: Encoder, inputs: Inputs | None) -> tuple[Payload, ...]:
     match change.role:
         case "method":
-            delta = _finite(change.name, change.delta())
+            delta = _delta(change)
             try:
                 return encoder(change.name, delta, inputs)
             except InputError as error:
                 raise InputError(f"tensor {change.name!r}: {error}") from error
         case "half":
-            return (encode(HALF, change.name, _finite(change.name, change.delta())),)
+            return (encode(HALF, change.name, _delta(change)),)
         case "bits":
             if change.base is None:
                 raise InputError(f"tensor {change.name!r} has no base to be compared with bit for bit.")
@@ -119,6 +120,10 @@ def _bitwise(name: str, tuned: Tensor, base: Tensor | None) -> Payload:
         )
     plain, coded = (encode(Pipeline(All(), bits, code), name, raw ^ tensor_bytes(base)) for code in (Packed(), Zstd()))
     return min(plain, coded, key=lambda payload: payload.data.numel())
+
+
+def _delta(change: Change) -> Tensor:
+    return _finite(change.name, change.delta())
 
 
 def _finite(name: str, values: Tensor, *, allow: bool = False) -> Tensor:

@@ -30,8 +30,9 @@ class DeltaDCT(Method):
     * **Bits per parameter**: nominal the mean of `bits` ("1-bit equivalent"); on disk, with the default bits and
       shares, 1.39 / 1.10 / 1.02 / 1.006 for patches of 8 / 16 / 32 / 64: minimum, step, mean and rank are counted.
     * **When it fails**: on deltas like white noise a DCT is only a rotation, and two bits between minimum and maximum
-      are worse than one good sign (cosine 0.645 against 0.798 for `BitDelta`). It pays where the energy of the patches
-      is uneven or the tails are heavy. The scale raises the squared error of the weights: it can be switched off.
+      are worse than one good sign (cosine 0.645 against 0.798 for `BitDelta`); on smooth ones a single coefficient takes
+      the whole range, which is worse still. It pays where the energy of the patches is uneven or the tails are heavy.
+      The scale raises the squared error of the weights: it can be switched off.
 
     Args:
         patch: Side of a patch, 2 to 128.

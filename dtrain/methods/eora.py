@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, cast
 
 import torch
@@ -84,17 +85,14 @@ class Eora(Method):
 
     def plan(self, deltas: Deltas) -> Encoder:
         """Let the host look at all deltas, where it wants to."""
-        host = self.host.plan(deltas)
-
-        def encode_one(name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
-            payloads = host(name, delta, inputs)
-            return (*payloads, *self._compensate(name, delta, payloads, inputs))
-
-        return encode_one
+        return partial(self._encode, self.host.plan(deltas))
 
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return the host's payloads and the factors of the residual."""
-        payloads = self.host.encode(name, delta, inputs)
+        return self._encode(self.host.encode, name, delta, inputs)
+
+    def _encode(self, host: Encoder, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
+        payloads = host(name, delta, inputs)
         return (*payloads, *self._compensate(name, delta, payloads, inputs))
 
     def _compensate(
