@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -30,9 +31,9 @@ class DeltaDCT(Method):
     * **Bits per parameter**: nominal the mean of `bits` ("1-bit equivalent"); on disk, with the default bits and
       shares, 1.39 / 1.10 / 1.02 / 1.006 for patches of 8 / 16 / 32 / 64: minimum, step, mean and rank are counted.
     * **When it fails**: on deltas like white noise a DCT is only a rotation, and two bits between minimum and maximum
-      are worse than one good sign (cosine 0.645 against 0.798 for `BitDelta`); on smooth ones a single coefficient takes
-      the whole range, which is worse still. It pays where the energy of the patches is uneven or the tails are heavy.
-      The scale raises the squared error of the weights: it can be switched off.
+      are worse than one good sign (cosine 0.645 against 0.798 for `BitDelta`); on smooth ones one coefficient takes the
+      whole range, which is worse still. It pays where the energy of the patches is uneven or the tails are heavy. The
+      scale raises the squared error of the weights: it can be switched off.
 
     Args:
         patch: Side of a patch, 2 to 128.
@@ -87,9 +88,10 @@ class DeltaDCT(Method):
     def _widths(self, energy: Tensor) -> Tensor:
         """Return the bits of every patch."""
         order = torch.sort(energy, descending=True, stable=True).indices.cpu()
-        widths, first = torch.zeros(energy.numel(), dtype=torch.int64), 0.0
+        widths, first, total = torch.zeros_like(order), 0, 0.0
         for bits, share in zip(self.bits, self.shares, strict=True):
-            chosen = order[round(first * energy.numel()) : round((first + share) * energy.numel())]
-            widths[chosen] = bits
-            first += share
+            total += share
+            last = math.floor(total * len(order) + 0.5)  # an odd patch goes to the stronger class
+            widths[order[first:last]] = bits
+            first = last
         return widths

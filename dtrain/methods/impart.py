@@ -39,8 +39,8 @@ class ImPart(Method):
       rescaling are certain. gamma is solved for from `keep`; where even gamma = 1 keeps too much, more of the tail is
       pruned (a reading). Rates are rounded to a ladder of four per factor of two, so that neighbours share a mask.
     * **Data needed**: none; the paper tunes beta on validation data.
-    * **Bits per parameter**: nominal 16 * keep; on disk the same but for the rounding of rates, which is within 10 %
-      (more where only a few vectors are kept), since all masks are seeds.
+    * **Bits per parameter**: nominal 16 * keep; on disk the same to within 10 % or one pair of vectors, for rates are
+      rounded. The masks are seeds.
     * **When it fails**: deltas of full fine-tuning have a flat spectrum; two masks, of u_k and v_k, square the noise.
 
     Args:

@@ -192,7 +192,7 @@ def kept_values(payload: Payload, name: str, shape: Sequence[int]) -> int:
     transform, select, quantise, code = _stages(payload.pipeline)
     grid = transform.grid(shape)
     if isinstance(select, All) or isinstance(quantise, Mixed):
-        return math.prod(grid)
+        return min(math.prod(grid), math.prod(shape)) if isinstance(transform, BlockDct) else math.prod(grid)
     if isinstance(select, Indexed):
         return Cursor(as_buffer(payload.data)).varint()
     per_value = quantise.bits * quantise.symbols_per_value

@@ -39,7 +39,7 @@ def delta_dct(delta, p, bits, shares, fill, rescale):
     corners = [(i, j) for i in range(0, len(padded), p) for j in range(0, len(padded[0]), p)]
     patches = [padded[i : i + p, j : j + p] for i, j in corners]
     ranked = sorted(range(len(patches)), key=lambda t: -float((patches[t] ** 2).sum()))
-    ends = [round(sum(shares[: c + 1]) * len(patches)) for c in range(len(shares))]
+    ends = [math.floor(sum(shares[: c + 1]) * len(patches) + 0.5) for c in range(len(shares))]
     width = {t: bits[next(c for c, end in enumerate(ends) if place < end)] for place, t in enumerate(ranked)}
     out, a = np.zeros_like(padded), basis(p)
     for t, ((i, j), patch) in enumerate(zip(corners, patches, strict=True)):
