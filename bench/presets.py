@@ -82,6 +82,7 @@ def catalogue(budget: float, seed: int) -> dict[str, dtrain.Method]:
         methods["SeededSign, q_e"] = dtrain.SeededSign(keep=budget, seed=seed, q="search", masks=1)
     if budget > 0.05:  # below, one pair of vectors costs more than the budget
         methods["DeltaCoMe"] = dtrain.DeltaCoMe(budget=budget / 1.06)
+        methods["DeltaCoMe, GPTQ"] = dtrain.DeltaCoMe(budget=budget / 1.06, gptq=True)
     if budget > 0.2:
         rank = 4 if budget >= 1 else 1  # a rank costs about 0.035 bit per weight on these shapes
         host = dtrain.Magnitude(keep=solve(lambda share: 16 * share + binary_entropy(share), budget - 0.035 * rank))

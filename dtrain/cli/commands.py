@@ -125,7 +125,12 @@ def _without_data(method: Method) -> str:
             f"{name} searches q on training inputs, which the command line has none of yet. Use --method.q keep, "
             "norm or a number such as 0.05, or search in Python: dtrain.compress(..., objective=...)."
         )
-    fixed = {"DareX": "--method.q keep", "DeltaDQ": "--method.group alpha", "Eora": "--method.weighted false"}
+    fixed = {
+        "DareX": "--method.q keep",
+        "DeltaDQ": "--method.group alpha",
+        "DeltaCoMe": "--method.gptq false",
+        "Eora": "--method.weighted false",
+    }
     instead = f"Use {fixed[name]}, or" if name in fixed else "Use Magnitude, which needs none, or"
     return (
         f"{name} looks at the inputs of every layer, which the command line has none of yet. {instead} compress in "

@@ -5,14 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dtrain.errors import InputError
+from dtrain.methods.gptq import gptq
 from dtrain.methods.inputs import Inputs
-from dtrain.methods.method import Method, check_numbers, check_type
-from dtrain.stages import Affine, All, LowRank, Packed, Payload, Pipeline, encode, matrix_shape, singular_factors
+from dtrain.methods.method import Method, Needs, check_numbers, check_type
+from dtrain.stages import (
+    Affine,
+    All,
+    Levels,
+    LowRank,
+    Packed,
+    Payload,
+    Pipeline,
+    blocks,
+    encode,
+    matrix_shape,
+    singular_factors,
+)
+
+
+class Band(NamedTuple):
+    """Bits per entry, the first singular value, and how many."""
+
+    bits: int
+    first: int
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -23,9 +45,9 @@ class DeltaCoMe(Method):
     on; the last band goes on until `budget` bits per parameter are spent. The rest is dropped.
 
     * **Source**: Ping et al., "Delta-CoMe", arXiv 2406.08903, section 3. Bands of 8, 3 and 2 bits at one bit per
-      parameter are certain. We round to the nearest level in blocks of 128 entries, where the paper uses GPTQ with
-      calibration data: a reading that needs no data and loses somewhat more.
-    * **Data needed**: none.
+      parameter, and GPTQ for V and then for U, are certain; that each band is rounded by itself is a reading.
+      Rounding to the nearest level, without data, is our default.
+    * **Data needed**: none; with gptq=True a calibration.
     * **Bits per parameter**: nominal `budget`; on disk 2 % (bands of 8 bits) to 7 % (of 2) more, for the step and the
       zero of every block.
     * **When it fails**: deltas of full fine-tuning have a flat spectrum: at one bit per parameter much of the energy is
@@ -36,6 +58,7 @@ class DeltaCoMe(Method):
         ranks: Singular values of each band but the last.
         budget: Bits per parameter spent on entries, all bands together.
         block: Entries that share a step and a zero.
+        gptq: Whether to round by GPTQ, against the inputs of each layer, instead of to the nearest level.
 
     Raises:
         InputError: If an argument is out of its range.
@@ -45,6 +68,7 @@ class DeltaCoMe(Method):
     ranks: Sequence[int] = (2, 32)
     budget: float = 1.0
     block: int = 128
+    gptq: bool = False
     source: ClassVar[str] = "arXiv 2406.08903"
 
     def __post_init__(self) -> None:
@@ -66,25 +90,63 @@ class DeltaCoMe(Method):
         """Bits per parameter by the paper's own accounting: entries only."""
         return float(self.budget)
 
+    @property
+    def needs(self) -> Needs:
+        """The covariance of every layer's inputs for GPTQ; nothing otherwise."""
+        return "covariance" if self.gptq else "nothing"
+
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return one payload per band; none where the budget is less than one singular value."""
-        bands, payloads = self._bands(delta), list[Payload]()
+        bands = self._bands(delta)
         if not bands:
             return ()
         factors = singular_factors(delta)
-        for bits, first, rank in bands:
+        frames = [self._levels(factors, band) for band in bands]
+        if self.gptq:
+            factors = self._compensated(factors, bands, frames, matrix_shape(delta.shape)[0], inputs)
+        payloads: list[Payload] = []
+        for (bits, first, rank), levels in zip(bands, frames, strict=True):
             pipeline = Pipeline(All(), Affine(bits, self.block), Packed(), LowRank(rank, first))
-            payloads.append(encode(pipeline, name, delta, coefficients=factors[first : first + rank]))
+            part = factors[first : first + rank]
+            payloads.append(encode(pipeline, name, delta, coefficients=part, levels=levels))
         return tuple(payloads)
 
-    def _bands(self, delta: Tensor) -> list[tuple[int, int, int]]:
-        """Return (bits, first singular value, how many) of every band that the budget allows."""
+    def _levels(self, factors: Tensor, band: Band) -> Levels:
+        part = factors[band.first : band.first + band.rank].reshape(-1)
+        return Affine(band.bits, self.block).levels(part, blocks(self.block, part.numel(), None))
+
+    def _compensated(
+        self, factors: Tensor, bands: Sequence[Band], frames: Sequence[Levels], rows: int, inputs: Inputs | None
+    ) -> Tensor:
+        """Return the factors rounded by GPTQ: first V against the layer's inputs, then U against what V makes of them.
+
+        A tensor that is no layer's weight gets the identity for its inputs.
+        """
+        left, right = slice(None, rows), slice(rows, None)  # u_k, v_k
+        outer, inner = (right, left) if inputs is not None and inputs.transposed else (left, right)
+        width = factors[:, inner].shape[1]
+        gram = torch.eye(width, dtype=torch.float64)
+        if inputs is not None and inputs.gram is not None:
+            gram = inputs.gram.double()
+        rounded = factors.double().clone()
+        for band, levels in zip(bands, frames, strict=True):
+            chosen = slice(band.first, band.first + band.rank)
+            top = Affine(band.bits, self.block).top
+            step, zero = (part.view(band.rank, -1) for part in (levels.step, levels.zero))
+            v = gptq(factors[chosen, inner], gram, step[:, inner], zero[:, inner], top)
+            rounded[chosen, inner] = v
+            u = gptq(factors[chosen, outer].t(), v @ gram @ v.t(), step[:, outer].t(), zero[:, outer].t(), top)
+            rounded[chosen, outer] = u.t()
+        return rounded.float()
+
+    def _bands(self, delta: Tensor) -> list[Band]:
+        """Return the bands that the budget allows."""
         rows, columns = matrix_shape(delta.shape)
         left, first = self.budget * rows * columns, 0
-        bands: list[tuple[int, int, int]] = []
+        bands: list[Band] = []
         for bits, wanted in zip(self.bits, (*self.ranks, min(rows, columns)), strict=True):
             rank = min(wanted, min(rows, columns) - first, int(left // (bits * (rows + columns) or 1)))
             if rank > 0:
-                bands.append((bits, first, rank))
+                bands.append(Band(bits, first, rank))
                 first, left = first + rank, left - rank * bits * (rows + columns)
         return bands

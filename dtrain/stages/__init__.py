@@ -5,7 +5,18 @@ from dtrain.stages.index import Indexed
 from dtrain.stages.mixed import Mixed
 from dtrain.stages.philox import random_order
 from dtrain.stages.pipeline import STAGES, Decoded, Payload, Pipeline, decode, encode, kept_values
-from dtrain.stages.quantise import Affine, BFloat16, Bits, DeadZone, Float16, Sign, Uniform, value_format
+from dtrain.stages.quantise import (
+    Affine,
+    BFloat16,
+    Bits,
+    DeadZone,
+    Float16,
+    Levels,
+    Sign,
+    Uniform,
+    blocks,
+    value_format,
+)
 from dtrain.stages.select import All, Bernoulli, Stratified, random_mask
 from dtrain.stages.structure import UNITS, Groups, Unit, Units
 from dtrain.stages.transform import BlockDct, LowRank, Plain, Transposed, balanced, matrix_shape, singular_factors
@@ -28,6 +39,7 @@ __all__ = [
     "Float16",
     "Groups",
     "Indexed",
+    "Levels",
     "LowRank",
     "Mixed",
     "Packed",
@@ -44,6 +56,7 @@ __all__ = [
     "Units",
     "Zstd",
     "balanced",
+    "blocks",
     "decode",
     "encode",
     "kept_values",

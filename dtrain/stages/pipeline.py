@@ -16,7 +16,7 @@ from dtrain.stages.code import Code, Packed, Parts, Rans, Zstd
 from dtrain.stages.cursor import Cursor
 from dtrain.stages.index import Indexed
 from dtrain.stages.mixed import Mixed
-from dtrain.stages.quantise import Affine, BFloat16, Bits, DeadZone, Float16, Sign, Uniform, blocks
+from dtrain.stages.quantise import Affine, BFloat16, Bits, DeadZone, Float16, Levels, Sign, Uniform, blocks
 from dtrain.stages.select import All, Bernoulli, Stratified
 from dtrain.stages.structure import Groups, Units
 from dtrain.stages.transform import BlockDct, Grid, LowRank, Plain, Transform, Transposed
@@ -109,6 +109,7 @@ def encode(
     positions: Tensor | None = None,
     widths: Tensor | None = None,
     coefficients: Tensor | None = None,
+    levels: Levels | None = None,
 ) -> Payload:
     """Encode one tensor.
 
@@ -119,6 +120,7 @@ def encode(
         positions: For `Indexed`: the coefficients to keep, int64, ascending.
         widths: For `Mixed`: the bits of every block, int64.
         coefficients: The transformed values, where the caller has them already.
+        levels: For `Affine`: what to round to, where that is not between the least and the greatest value.
     """
     if isinstance(pipeline.quantise, Bits):
         coded = pipeline.quantise.encode(values.reshape(-1), blocks(0, 0, None))
@@ -139,6 +141,8 @@ def encode(
         if widths is None:
             raise InputError("Mixed stores widths that the caller chooses: pass widths=.")
         coded = pipeline.quantise.encode(kept, parts, widths.cpu())
+    elif isinstance(pipeline.quantise, Affine):
+        coded = pipeline.quantise.encode(kept, parts, levels)
     else:
         coded = pipeline.quantise.encode(kept, parts)
     data = torch.cat([head, coded.side, pipeline.code.encode(coded.symbols, pipeline.quantise.bits)])

@@ -171,6 +171,15 @@ class Uniform:
         return 2 * count if self.group else 0
 
 
+class Levels(NamedTuple):
+    """Levels step * (code - zero): side information and scale as they are stored, step and zero of every value."""
+
+    side: Tensor
+    scale: float
+    step: Tensor
+    zero: Tensor
+
+
 @dataclass(frozen=True)
 class Affine:
     """Asymmetric uniform quantiser: value = step * (code - zero), with the integer code `zero` for 0.
@@ -192,18 +201,28 @@ class Affine:
         if not 1 <= self.bits <= 16:
             raise InputError(f"`bits` must be in [1, 16], got {self.bits}.")
 
-    def encode(self, values: Tensor, parts: Blocks) -> Coded:
-        """Quantise float32 `values` of shape (n,)."""
-        top = (1 << self.bits) - 1
+    @property
+    def top(self) -> int:
+        """The greatest code."""
+        return (1 << self.bits) - 1
+
+    def levels(self, values: Tensor, parts: Blocks) -> Levels:
+        """Return the levels between the least and the greatest of the values of every block."""
         low, high = parts.gather(values, "amin").clamp_max(0), parts.gather(values, "amax").clamp_min(0)
-        halves, step, scale = to_halves((high - low) / top)
+        halves, step, scale = to_halves((high - low) / self.top)
         if not self.group:
-            scale, halves = _float32(float(high - low) / top) or 1.0, _NONE
+            scale, halves = _float32(float(high - low) / self.top) or 1.0, _NONE
             step = torch.ones(1)
         step = (step * scale).where(step != 0, 1.0)
-        zero = (-low / step).round().clamp(0, top)
-        codes = (values / parts.spread(step)).round_().add_(parts.spread(zero)).clamp_(0, top)
-        return Coded(torch.cat([halves, pack_bits(zero.long(), self.bits)]), _symbols(codes, self.bits), scale)
+        zero = (-low / step).round().clamp(0, self.top)
+        side = torch.cat([halves, pack_bits(zero.long(), self.bits)])
+        return Levels(side, scale, parts.spread(step), parts.spread(zero))
+
+    def encode(self, values: Tensor, parts: Blocks, levels: Levels | None = None) -> Coded:
+        """Quantise float32 `values` of shape (n,), to their own levels unless others are given."""
+        side, scale, step, zero = levels or self.levels(values, parts)
+        codes = (values / step).round_().add_(zero).clamp_(0, self.top)
+        return Coded(side, _symbols(codes, self.bits), scale)
 
     def decode(self, side: Tensor, symbols: Tensor, parts: Blocks) -> Tensor:
         """Return code - zero, times the block's step where there are blocks, as float32 of shape (n,)."""

@@ -58,17 +58,10 @@ def planned(method, tensors):
     return {name: dense(encoder(name, d, None), d.shape, name) for name, d in tensors.items()}
 
 
-@pytest.mark.parametrize(
-    ("count", "thirds"),
-    [
-        (1, [0]),
-        (2, [-1, 1]),
-        (3, [-1, 0, 1]),
-        (4, [-1, 0, 0, 1]),
-        (6, [-1, -1, 0, 0, 1, 1]),
-        (7, [-1, -1, 0, 0, 0, 1, 1]),
-    ],
-)
+THIRDS = {1: [0], 2: [-1, 1], 3: [-1, 0, 1], 4: [-1, 0, 0, 1], 6: [-1, -1, 0, 0, 1, 1], 7: [-1, -1, 0, 0, 0, 1, 1]}
+
+
+@pytest.mark.parametrize(("count", "thirds"), THIRDS.items())
 def test_three_groups_by_standard_deviation(count, thirds):
     """The wider a tensor's delta, the more of it is kept; the names are sorted by their spread here."""
     tensors, method = model(count), UltraDelta(keep=0.4, step=0.5, gamma=1.0)
