@@ -22,7 +22,7 @@ class BitDelta(Method):
       "Per-Axis", arXiv 2512.19720; in half precision, relative to the tensor's, is ours. Their distillation of the
       scales is not part of this preset.
     * **Data needed**: none.
-    * **Bits per parameter**: 1, nominally and on disk; with scale="row" 16/columns more.
+    * **Bits per parameter**: 1, nominally and on disk; with scale="row" 16/columns more, with "column" 16/rows.
     * **When it fails**: it cannot go below one bit. On heavy tails all elements get the same magnitude.
 
     Args:

@@ -100,7 +100,7 @@ class DeltaCoMe(Method):
         bands = self._bands(delta)
         if not bands:
             return ()
-        factors = singular_factors(delta)
+        factors = singular_factors(delta).cpu()  # where levels and GPTQ's Gram matrix are
         frames = [self._levels(factors, band) for band in bands]
         if self.gptq:
             factors = self._compensated(factors, bands, frames, matrix_shape(delta.shape)[0], inputs)

@@ -77,7 +77,8 @@ class DeltaDCT(Method):
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return the quantised patches."""
         coefficients = BlockDct(self.patch).forward(delta)
-        widths = self._widths(coefficients.square().sum(1))  # the transform is orthonormal: the norms are the patches'
+        # The transform is orthonormal: the norms are the patches'. In float64 their order is the same on every device.
+        widths = self._widths(coefficients.square().sum(1, dtype=torch.float64))
         payload = encode(self.pipeline, name, delta, widths=widths, coefficients=coefficients)
         if self.rescale:
             size = float(delta.double().abs().sum())

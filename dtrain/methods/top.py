@@ -40,11 +40,12 @@ def top_threshold(deltas: Deltas, keep: float) -> float:
     Two passes of counting instead of one sort: the order of positive floats is that of their bit patterns, whose upper
     half is counted first. So it takes the memory of one tensor, and no sample.
     """
-    wanted = round(keep * sum(get().numel() for _, get in deltas))
+    counts = _count(deltas, None)
+    wanted = round(keep * int(counts.sum()))
     if not wanted:
         return float("inf")
-    upper = _last(_count(deltas, None), wanted)
-    above = int(_count(deltas, None)[upper + 1 :].sum())
+    upper = _last(counts, wanted)
+    above = int(counts[upper + 1 :].sum())
     lower = _last(_count(deltas, upper), wanted - above)
     return float(torch.tensor(upper * _HALF + lower, dtype=torch.int32).view(torch.float32))
 

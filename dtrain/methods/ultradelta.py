@@ -27,9 +27,9 @@ class Share(NamedTuple):
 class UltraDelta(Method):
     """Quantise, prune at random within each level, keep more where deltas vary more, and shrink the scale (UltraDelta).
 
-    Tensors are sorted by the standard deviation of their delta into three groups that keep `keep - step`, `keep` and
-    `keep + step`. Elements are quantised uniformly; of every level the same share is kept; the rest is scaled by
-    gamma / share, with gamma from 1 down to `gamma` as the trace norm grows.
+    Tensors are sorted by the standard deviation of their delta into three groups that keep `keep * (1 - step)`, `keep`
+    and `keep * (1 + step)`. Elements are quantised uniformly; of every level the same share is kept; the rest is scaled
+    by gamma / share, with gamma from 1 down to `gamma` as the trace norm grows.
 
     * **Source**: Wang et al., "UltraDelta", arXiv 2505.13563, section 3. Three groups by standard deviation, pruning
       within levels and gamma in [0.5, 1], falling with the trace norm, are certain. That the groups are equally many
@@ -37,8 +37,8 @@ class UltraDelta(Method):
     * **Data needed**: none.
     * **Bits per parameter**: nominal bits * keep (as in the paper's second version; its third counts the positions
       too); on disk keep * H(codes) + H(keep), less what level 0 would take, since what is pruned is no seed.
-    * **When it fails**: the positions cost more than the values: a seeded mask at the same bytes keeps several times
-      as many elements.
+    * **When it fails**: the positions cost more than the values: a seeded mask of signs at the same bytes keeps about
+      six times as many elements.
 
     Args:
         keep: Share of the elements that the middle group keeps, in (0, 1].

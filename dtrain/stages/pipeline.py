@@ -202,6 +202,9 @@ def kept_values(payload: Payload, name: str, shape: Sequence[int]) -> int:
     per_value = quantise.bits * quantise.symbols_per_value
     if isinstance(code, Packed) and not quantise.group and per_value % 8 == 0:
         return 8 * (payload.data.numel() - quantise.side_bytes(1)) // per_value
+    least, most = select.count_bounds(grid)
+    if least == most:
+        return least
     return select.positions(name, grid).numel()  # the last byte may be half full: only the mask knows
 
 

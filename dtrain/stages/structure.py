@@ -104,6 +104,8 @@ class Units:
         height, width = self._unit(grid)
         down, across = -(-rows // max(height, 1)), -(-columns // max(width, 1))
         units = Bernoulli(self.keep, self.seed).positions(name, (down, across), device)
+        if not units.numel():
+            return units  # a file may say that an empty tensor has columns of 2**47 elements
         r = (units // max(across, 1) * height)[:, None, None] + torch.arange(height, device=device)[None, :, None]
         c = (units % max(across, 1) * width)[:, None, None] + torch.arange(width, device=device)[None, None, :]
         return (r * columns + c)[(r < rows) & (c < columns)].sort().values

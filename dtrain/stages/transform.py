@@ -19,6 +19,8 @@ from dtrain.errors import InputError
 
 Grid = tuple[int, int]
 MAX_PATCH = 128
+_NULL = 2.0**-20  # of the greatest singular value
+_NOISE = 2.0**-40  # of the greatest entry of a singular vector
 
 
 def matrix_shape(shape: Sequence[int]) -> Grid:
@@ -168,7 +170,8 @@ def singular_factors(values: Tensor) -> Tensor:
 
     From the eigenvectors of the smaller Gram matrix in float64, several times faster than a singular value
     decomposition: the vectors of one side are orthonormal, those of the other are the matrix times these, so that the
-    sum of all products is exact whatever the eigenvalues are.
+    sum of all products is exact whatever the eigenvalues are. But pairs below 2**-20 of the greatest are set to 0: they
+    are rounding errors, and which basis of them comes out depends on the library and its threads.
     """
     matrix = values.reshape(matrix_shape(values.shape)).double()
     tall = matrix.shape[0] > matrix.shape[1]
@@ -176,6 +179,8 @@ def singular_factors(values: Tensor) -> Tensor:
     _, vectors = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(side @ side.t()))
     near = vectors.t().flip(0)
     far = near @ side
+    size = far.square().sum(1, keepdim=True).sqrt()
+    far = far.where(size > _NULL * size.amax(0), 0.0)
     return balanced(far, near) if tall else balanced(near, far)
 
 
@@ -190,7 +195,9 @@ def balanced(u: Tensor, v: Tensor) -> Tensor:
     # The sign of a singular vector is arbitrary and depends on the library: the greatest entry of v is made positive.
     sign = v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
     share = sign * (size_v / size_u).sqrt()
-    return torch.cat([u * share, v / share.where(share != 0, torch.ones_like(share))], dim=1).float()
+    rows = torch.cat([u * share, v / share.where(share != 0, torch.ones_like(share))], dim=1)
+    # What should be 0 is noise, and even the sign of a zero would depend on the library and its threads.
+    return rows.where(rows.abs() > _NOISE * rows.abs().amax(1, keepdim=True), 0.0).float()
 
 
 @functools.lru_cache(maxsize=8)

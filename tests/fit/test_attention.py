@@ -47,13 +47,6 @@ def projected(state, name):
     return tokens(name).double() @ (weight if "c_attn" in name else weight.t()) + bias
 
 
-def scores(state, query, key):
-    q, k = projected(state, query), projected(state, key)
-    if query == key:
-        q, k = q[:, :WIDTH], k[:, WIDTH : 2 * WIDTH]
-    return torch.tensor([[sum(q[i, a] * k[j, a] for a in range(0, q.shape[1])) for j in range(5)] for i in range(5)])
-
-
 def attention_error(base, tuned, pairs, group):
     """The change of Q K^T, squared, relative, over all pairs of tokens and the layers given."""
     method, rough = replace(METHOD, group=group), dict(tuned)
@@ -142,7 +135,7 @@ def test_a_host_is_searched_for_as_well():
         ([("h.0.query_key_value.weight", FUSED)], "no query and key projections were found"),
         (
             [("q_proj.weight", SQUARE), ("k_proj.weight", (6, WIDTH))],
-            "'q_proj.weight' and 'k_proj.weight' have 24 and 6",
+            "'k_proj.weight' have 24 and 6 outputs",
         ),
         ([("qkv.weight", (2 * WIDTH, WIDTH))], "'qkv.weight' and 'qkv.weight' have 48 and 48 outputs.*share keys"),
     ],

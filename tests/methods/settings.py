@@ -108,6 +108,7 @@ SETTINGS = [
     Setting("ComPEFT all", ComPEFT(keep=1)),
     Setting("DeltaCoMe", DeltaCoMe(), DeltaCoMe([16], [], 99, 16), 2**-8, exact=False),
     Setting("DeltaCoMe bands", DeltaCoMe([4, 2], [1], 3.0, 32), exact=False),
+    Setting("DeltaCoMe GPTQ", DeltaCoMe([8, 4], [1], 2.0, 16, gptq=True), exact=False),
     Setting("ImPart", ImPart(keep=0.5), ImPart(keep=2), 2**-9, exact=False),
     Setting("ImPart tail", ImPart(keep=1, beta=0.4, values="uniform8", seed=2**64 - 1), exact=False),
     Setting("UltraDelta", UltraDelta(keep=0.3), UltraDelta(keep=1, step=0, bits=12, gamma=1), 2**-12),

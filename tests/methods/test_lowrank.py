@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dtrain import BitDelta, DareX, DeltaCoMe, Eora, ImPart, Inputs, Magnitude
+from dtrain.stages import All
 from tests.methods.oracles import affine
 from tests.methods.settings import HALF, dense, rebuilt
 
@@ -128,6 +129,12 @@ def test_as_many_entries_are_kept_as_asked_for(keep, shape):
     payloads = ImPart(keep=keep).encode("w", torch.randn(shape))
     kept = sum(p.data.numel() // 2 for p in payloads)
     assert kept == pytest.approx(keep * shape[0] * shape[1], rel=0.1, abs=sum(shape))  # to one pair of vectors
+
+
+def test_bands_share_no_mask():
+    payloads = ImPart(keep=1, seed=2**64 - 1).encode("w", torch.randn(60, 60))
+    seeds = [payload.pipeline.select.seed for payload in payloads if payload.pipeline.select != All()]
+    assert len(set(seeds)) == len(seeds) > 3
 
 
 @pytest.mark.parametrize(("keep", "beta"), [(0.3, 0.0), (0.6, 0.5), (1.0, 0.2)])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dtrain
-from dtrain import METHODS, Dare, Ecsq, InputError, NeedsDataError, UltraDelta
+from dtrain import METHODS, Dare, InputError, NeedsDataError
 from tests.artifact import reference_decoder as reference
 from tests.methods.settings import (
     LOSSY,
@@ -160,18 +160,10 @@ def test_the_unit_of_the_delta_does_not_matter(setting, size):
 
 
 BAD = [("matrix", math.nan), ("bf16", math.inf), ("vector", -math.inf), ("head.weight", math.nan)]
-BROKEN = pytest.mark.xfail(reason="`compress` hands plan() the deltas before it looks for NaN and inf", strict=True)
-BREAKS = {(UltraDelta, "matrix"), (UltraDelta, "bf16"), (Ecsq, "bf16")}
 
 
-@pytest.mark.parametrize(
-    ("setting", "where", "bad"),
-    [
-        pytest.param(s, *bad, marks=BROKEN if (type(s.method), bad[0]) in BREAKS else (), id=f"{s.id} {bad[0]}")
-        for s in ONE_EACH
-        for bad in BAD
-    ],
-)
+@over(ONE_EACH)
+@pytest.mark.parametrize(("where", "bad"), BAD)
 def test_lossy_methods_refuse_nan_and_inf(setting, where, bad):
     base, tuned = zoo()
     calibration = calibration_of(tuned)

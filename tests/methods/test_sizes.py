@@ -121,7 +121,7 @@ def test_eora_costs_its_host_and_its_factors():
     assert found == 1 + 8 * 4 * (SIDE + SIDE) / SIDE**2
 
 
-def test_the_figures_of_the_page():
-    """Magnitude at 1 %: 0.24 bit instead of 0.16; seven bits of a position are more than a seed's none."""
+def test_the_figures_of_the_cards():
     assert per_parameter(Magnitude(keep=0.01)) == pytest.approx(0.24, abs=0.005)
+    assert per_parameter(UltraDelta()) / UltraDelta().keep == pytest.approx(6, abs=0.5)  # what a sign costs is 1
     assert binary_entropy(0.01) / 0.01 == pytest.approx(8.1, abs=0.05)
