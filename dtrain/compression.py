@@ -172,6 +172,8 @@ def _fit(
 
 def _check_data(method: Method, objective: Objective | None, calibration: Calibration | None) -> None:
     name = type(method).__name__
+    if not isinstance(calibration, Calibration | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"`calibration` must be dtrain.Calibration(model, batches), got {type(calibration).__name__}.")
     if method.needs == "objective" and objective is None:
         raise NeedsDataError(
             f"{name} searches q on training inputs but got no objective. Pass "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -77,9 +77,7 @@ class Report:
     def table(self) -> Table:
         """Return a rich table."""
         overhead = self.file_bytes - sum(row.payload_bytes for row in self.rows)
-        name = self.method.get("name", "delta")
-        parameters = ", ".join(f"{key}={value}" for key, value in self.method.items() if key != "name")
-        table = Table(title=f"{name}({parameters})", title_justify="left", show_footer=True)
+        table = Table(title=_call(self.method), title_justify="left", show_footer=True)
         table.add_column("tensors", footer="file")
         table.add_column("count", justify="right", footer=f"{self.tensors:,}")
         table.add_column("elements", justify="right", footer=f"{self.elements:,}")
@@ -125,9 +123,19 @@ def summarise(content: Content, file_bytes: int) -> Report:
     )
 
 
+def _call(value: object) -> str:
+    """Return a method as it is written: its name and parameters, another method among them as well."""
+    if not isinstance(value, dict):
+        return str(value)
+    method = cast("dict[str, object]", value)
+    parameters = ", ".join(f"{key}={_call(item)}" for key, item in method.items() if key != "name")
+    return f"{method.get('name', 'delta')}({parameters})"
+
+
 def _kind(record: Record) -> str:
     if record.role is Role.ADD:
-        return "half" if all(item.pipeline == HALF for item in record.payloads) else "method"
+        halves = [item.pipeline == HALF for item in record.payloads]
+        return "half" if halves and all(halves) else "method"  # a method may have nothing to keep of a tensor
     return {Role.XOR: "bits", Role.WHOLE: "whole", Role.SAME: "same", Role.DROP: "drop"}[record.role]
 
 

@@ -12,10 +12,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from dtrain.errors import InputError
-from dtrain.fit.running import call, run
+from dtrain.fit.running import call, run, tensors_of
 from dtrain.methods.inputs import Inputs
 from dtrain.progress import progress
-from dtrain.weights import read_weights
 
 _ROWS = 64  # rows in a sample
 _FIBONACCI = 2654435769  # 2**32 over the golden ratio, odd: Fibonacci hashing (Knuth, TAOCP 6.4)
@@ -70,7 +69,7 @@ class Calibration:
             InputError: If the module lacks one of the tensors or cannot be called on a batch, or if inputs are NaN or
                 infinite.
         """
-        places = _places(self.module, names)
+        places = {name: _place(tensor) for name, tensor in tensors_of(self.module, names).items()}
         with _Watch(places.values(), gram) as watch, progress("calibrating", len(self._batches)) as advance:
             for batch in self._batches:
                 run(self.module, self._forward, batch)
@@ -232,18 +231,6 @@ def _each(value: int | Sequence[int], n: int) -> Sequence[int]:
     """Return one number per dimension; torch takes one for all of them, alone or in a list."""
     numbers = [value] if isinstance(value, int) else value
     return numbers if len(numbers) == n else [*numbers] * n
-
-
-def _places(module: nn.Module, names: Iterable[str]) -> dict[str, _Place]:
-    weights = read_weights(module)
-    found = {name: weights.get(name) for name in names}
-    missing = [name for name, tensor in found.items() if tensor is None]
-    if missing:
-        raise InputError(
-            f"the calibration's module has no tensor {missing[0]!r} ({len(missing)} names are missing). Give the "
-            "calibration the module whose state dict has the delta's names."
-        )
-    return {name: _place(tensor) for name, tensor in found.items() if tensor is not None}
 
 
 def _place(tensor: Tensor) -> _Place:

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dtrain.errors import InputError
+from dtrain.weights import read_weights
+
+
+def tensors_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors of `module` called `names`, by any name of tied ones; they share memory with it.
+
+    Raises:
+        InputError: If it lacks one.
+    """
+    weights = read_weights(module)
+    found = {name: weights.get(name) for name in names}
+    missing = [name for name, tensor in found.items() if tensor is None]
+    if missing:
+        raise InputError(
+            f"the module of the objective or calibration has no tensor {missing[0]!r} ({len(missing)} names of the "
+            "delta are missing). Give it the module whose state dict has the delta's names."
+        )
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def run(module: nn.Module, forward: Callable[[nn.Module, Any], object], batch: Any) -> object:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.errors import InputError
+from dtrain.fit.running import tensors_of
 from dtrain.runtime import add, write
 from dtrain.stages import Decoded, Payload, decode
-from dtrain.weights import read_weights
 
 
 class Candidate(NamedTuple):
@@ -43,15 +43,7 @@ class Trial:
     """
 
     def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
-        weights = read_weights(module)
-        found = {name: weights.get(name) for name in names}
-        missing = [name for name, tensor in found.items() if tensor is None]
-        if missing:
-            raise InputError(
-                f"the objective's module has no tensor {missing[0]!r} ({len(missing)} names of the delta are missing). "
-                "Give the objective the module whose state dict has the delta's names."
-            )
-        self._tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+        self._tensors = tensors_of(module, names)
         self._found: dict[str, Tensor] = {}
 
     def __enter__(self) -> Trial:
@@ -71,8 +63,8 @@ class Trial:
         for name, value in values.items():
             if self._tensors[name].shape != value.shape:
                 raise InputError(
-                    f"tensor {name!r} is {tuple(self._tensors[name].shape)} in the objective's module and "
-                    f"{tuple(value.shape)} in the delta. Give the objective the fine-tuned model."
+                    f"tensor {name!r} is {tuple(self._tensors[name].shape)} in the module of the objective "
+                    f"or calibration and {tuple(value.shape)} in the delta. Give it the fine-tuned model."
                 )
             self._tensors[name].copy_(value)
 

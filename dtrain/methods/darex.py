@@ -12,7 +12,7 @@ from dtrain.errors import InputError
 from dtrain.methods.bound import bound_q
 from dtrain.methods.drop import Mask, Rescaled, Values
 from dtrain.methods.inputs import Inputs
-from dtrain.methods.method import Needs, check_type
+from dtrain.methods.method import Needs, check_flag, check_type
 from dtrain.stages import Payload, Pipeline, random_mask, value_format
 
 
@@ -77,6 +77,7 @@ class DareX(Rescaled):
 
     def _check_q(self) -> None:
         check_type("eta", self.eta, float)
+        check_flag("signed", self.signed)
         if not 0 < self.eta < math.inf:
             raise InputError(f"`eta` must be a positive number, got {self.eta}. Start with eta=1.")
         if self.q != "bound":

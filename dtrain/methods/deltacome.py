@@ -13,7 +13,7 @@ from torch import Tensor
 from dtrain.errors import InputError
 from dtrain.methods.gptq import gptq
 from dtrain.methods.inputs import Inputs
-from dtrain.methods.method import Method, Needs, check_numbers, check_type
+from dtrain.methods.method import Method, Needs, check_flag, check_numbers, check_type
 from dtrain.stages import (
     Affine,
     All,
@@ -76,9 +76,10 @@ class DeltaCoMe(Method):
         object.__setattr__(self, "ranks", check_numbers("ranks", self.ranks, int))
         check_type("budget", self.budget, float)
         check_type("block", self.block, int)
+        check_flag("gptq", self.gptq)
         if len(self.bits) != len(self.ranks) + 1 or min(self.ranks, default=0) < 0:
             raise InputError(f"`ranks` must be one less than `bits`, none negative; got {self.ranks} for {self.bits}.")
-        if not (0 < self.budget < math.inf and self.block >= 2):
+        if not (0 < self.budget < math.inf and 2 <= self.block < 1 << 32):
             raise InputError(
                 f"`budget` must be a positive number, `block` 2 or more; got {self.budget} and {self.block}."
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtrain.errors import InputError
 from dtrain.methods.inputs import Inputs
-from dtrain.methods.method import Method, check_choice, check_numbers, check_type
+from dtrain.methods.method import Method, check_choice, check_flag, check_numbers, check_type
 from dtrain.stages import All, BlockDct, Mixed, Packed, Payload, Pipeline, decode, encode
 
 
@@ -58,6 +58,7 @@ class DeltaDCT(Method):
         object.__setattr__(self, "shares", check_numbers("shares", self.shares, float))
         check_type("patch", self.patch, int)
         check_choice("fill", self.fill, ("mean", "zero"))
+        check_flag("rescale", self.rescale)
         if len(self.bits) != len(self.shares) or not all(0 <= bits <= 8 for bits in self.bits):
             raise InputError(f"`bits` must be 0 to 8, one per share; got {self.bits} and {self.shares}.")
         if not (min(self.shares, default=0) >= 0 and abs(sum(self.shares) - 1) <= 1e-6):

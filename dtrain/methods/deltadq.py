@@ -65,7 +65,7 @@ class DeltaDQ(Method):
             raise InputError(
                 f"`group` must be a multiple of alpha={self.alpha} up to 65536, got {self.group!r}. Use group='alpha'."
             )
-        if self.scope not in ("tensor", "row") and (type(self.scope) is not int or self.scope < 2):
+        if self.scope not in ("tensor", "row") and (type(self.scope) is not int or not 2 <= self.scope < 1 << 32):
             raise InputError(f"`scope` must be 'tensor', 'row' or at least 2, got {self.scope!r}. Use scope=128.")
         if self.parts < 1 or self.parts & (self.parts - 1) or self.parts > min(256, 1 << self.bits):
             raise InputError(f"`parts` must be a power of two up to 2**bits and 256, got {self.parts}.")

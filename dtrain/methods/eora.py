@@ -13,7 +13,7 @@ from dtrain.errors import InputError
 from dtrain.methods.bitdelta import BitDelta
 from dtrain.methods.drop import Values
 from dtrain.methods.inputs import Inputs
-from dtrain.methods.method import Deltas, Encoder, Method, Needs, check_type
+from dtrain.methods.method import Deltas, Encoder, Method, Needs, check_flag, check_type
 from dtrain.stages import (
     All,
     LowRank,
@@ -62,6 +62,7 @@ class Eora(Method):
 
     def __post_init__(self) -> None:
         check_type("rank", self.rank, int)
+        check_flag("weighted", self.weighted)
         if not isinstance(self.host, Method):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"`host` must be a method such as dtrain.BitDelta(), got {self.host!r}.")
         _ = value_format(self.values)

@@ -91,6 +91,16 @@ def check_numbers(name: str, values: object, kind: type[_Number]) -> tuple[_Numb
     return tuple(numbers)
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False: "no" would count as True.
+
+    Raises:
+        InputError: If it is.
+    """
+    if not isinstance(value, bool):
+        raise InputError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse a word that is none of `choices`.
 

@@ -329,7 +329,7 @@ VALUES: dict[str, Float16 | BFloat16 | Sign | Uniform] = {
 
 def value_format(name: str) -> Float16 | BFloat16 | Sign | Uniform:
     """Return the quantiser that `values=name` of a method stands for."""
-    if name not in VALUES:
+    if name not in tuple(VALUES):  # where a list is no key, but is no name either
         raise InputError(f"`values` must be one of {', '.join(VALUES)}, got {name!r}.")
     return VALUES[name]
 

@@ -273,7 +273,7 @@ def test_inputs_that_are_not_finite_are_refused_by_name(value):
 def test_misuse_is_a_sentence():
     with pytest.raises(InputError, match=r"`batches` is empty\. Give at least one batch"):
         Calibration(nn.Linear(4, 3), [])
-    with pytest.raises(InputError, match=r"has no tensor 'model.weight' \(2 names are missing\)"):
+    with pytest.raises(InputError, match=r"has no tensor 'model.weight' \(2 names of the delta are missing\)"):
         Calibration(nn.Linear(4, 3), [INPUTS]).collect(["weight", "model.weight", "model.bias"])
     with pytest.raises(InputError, match=r"cannot be called on a batch of type tuple .* Pass forward="):
         collect(nn.Linear(4, 3), (INPUTS, INPUTS))
