@@ -123,12 +123,13 @@ def summarise(content: Content, file_bytes: int) -> Report:
     )
 
 
-def _call(value: object) -> str:
-    """Return a method as it is written: its name and parameters, another method among them as well."""
-    if not isinstance(value, dict):
-        return str(value)
-    method = cast("dict[str, object]", value)
-    parameters = ", ".join(f"{key}={_call(item)}" for key, item in method.items() if key != "name")
+def _call(method: dict[str, Any], *, host: bool = True) -> str:
+    """Return a method as it is written: its name and parameters, a method that it hosts among them."""
+    values = {
+        key: _call(cast("dict[str, Any]", value), host=False) if host and isinstance(value, dict) else value
+        for key, value in method.items()
+    }
+    parameters = ", ".join(f"{key}={value}" for key, value in values.items() if key != "name")
     return f"{method.get('name', 'delta')}({parameters})"
 
 

@@ -120,6 +120,10 @@ def _read_header(raw: bytearray, path: object) -> tuple[dict[str, Any], int, int
         if not all(type(part) is int and part >= 0 for part in (manifest, payload)):
             raise ValueError("sizes are whole numbers")
         metadata["format"]
+        if not isinstance(metadata.get("method", {}), dict):
+            raise TypeError("a method is an object")
+        if type(metadata.get("nominal_bits", 0)) not in (int, float):
+            raise TypeError("bits are a number")
         expected = _header({k: v for k, v in metadata.items() if k != "format"}, manifest, payload)
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ArtifactError(path, "header", "this is not a delta file of dtrain, or it is damaged.") from error
