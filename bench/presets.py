@@ -86,7 +86,7 @@ def catalogue(budget: float, seed: int) -> dict[str, dtrain.Method]:
     if budget > 0.2:
         rank = 4 if budget >= 1 else 1  # a rank costs about 0.035 bit per weight on these shapes
         host = dtrain.Magnitude(keep=solve(lambda share: 16 * share + binary_entropy(share), budget - 0.035 * rank))
-        methods["Eora on Magnitude"] = dtrain.Eora(host=host, rank=rank)
+        methods["EoRA on Magnitude"] = dtrain.EoRA(host=host, rank=rank)
     return methods
 
 

@@ -141,6 +141,6 @@ def _kind(record: Record) -> str:
 
 
 def _row(kind: str, records: list[Record]) -> Row:
-    kept = sum(kept_values(item, record.name, record.shape) for record in records for item in record.payloads)
+    kept = sum(kept_values(item, record.shape) for record in records for item in record.payloads)
     elements = sum(math.prod(record.shape) for record in records)
     return Row(kind, len(records), elements, kept, sum(record.payload_bytes for record in records))

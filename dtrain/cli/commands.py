@@ -129,7 +129,7 @@ def _without_data(method: Method) -> str:
         "DareX": "--method.q keep",
         "DeltaDQ": "--method.group alpha",
         "DeltaCoMe": "--method.gptq false",
-        "Eora": "--method.weighted false",
+        "EoRA": "--method.weighted false",
     }
     instead = f"Use {fixed[name]}, or" if name in fixed else "Use Magnitude, which needs none, or"
     return (

@@ -12,7 +12,7 @@ from dtrain.difference import Change
 from dtrain.errors import InputError
 from dtrain.fit.calibration import Calibration
 from dtrain.fit.trial import Trial
-from dtrain.methods import DeltaDQ, Eora, Inputs, Method
+from dtrain.methods import DeltaDQ, EoRA, Inputs, Method
 from dtrain.progress import progress
 from dtrain.stages import decode
 
@@ -41,7 +41,7 @@ def calibrate(method: Method, changes: Sequence[Change], calibration: Calibratio
         inputs = calibration.collect(names, gram=method.needs == "covariance")
     if isinstance(method, DeltaDQ) and method.group == "search":
         method = replace(method, group=search_group(method, changes, inputs))
-    if isinstance(method, Eora) and isinstance(method.host, DeltaDQ) and method.host.group == "search":
+    if isinstance(method, EoRA) and isinstance(method.host, DeltaDQ) and method.host.group == "search":
         method = replace(method, host=replace(method.host, group=search_group(method.host, changes, inputs)))
     return method, inputs
 

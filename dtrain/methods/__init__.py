@@ -9,7 +9,7 @@ from dtrain.methods.deltadct import DeltaDCT
 from dtrain.methods.deltadq import DeltaDQ
 from dtrain.methods.drop import Rescaled
 from dtrain.methods.ecsq import Ecsq
-from dtrain.methods.eora import Eora
+from dtrain.methods.eora import EoRA
 from dtrain.methods.impart import ImPart
 from dtrain.methods.inputs import Inputs
 from dtrain.methods.lossless import Lossless
@@ -34,7 +34,7 @@ METHODS: tuple[type[Method], ...] = (
     DeltaCoMe,
     ImPart,
     UltraDelta,
-    Eora,
+    EoRA,
     Ecsq,
     SeededSign,
     Lossless,
@@ -50,7 +50,7 @@ __all__ = [
     "DeltaDCT",
     "DeltaDQ",
     "Ecsq",
-    "Eora",
+    "EoRA",
     "ImPart",
     "Inputs",
     "Lossless",

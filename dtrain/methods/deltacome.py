@@ -98,10 +98,10 @@ class DeltaCoMe(Method):
 
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return one payload per band; none where the budget is less than one singular value."""
-        bands = self._bands(delta)
-        if not bands:
+        if not self._bands(delta, min(matrix_shape(delta.shape))):
             return ()
         factors = singular_factors(delta).cpu()  # where levels and GPTQ's Gram matrix are
+        bands = self._bands(delta, int(factors.any(1).sum()))  # nothing is spent beyond the delta's rank
         frames = [self._levels(factors, band) for band in bands]
         if self.gptq:
             factors = self._compensated(factors, bands, frames, matrix_shape(delta.shape)[0], inputs)
@@ -140,13 +140,13 @@ class DeltaCoMe(Method):
             rounded[chosen, outer] = u.t()
         return rounded.float()
 
-    def _bands(self, delta: Tensor) -> list[Band]:
-        """Return the bands that the budget allows."""
+    def _bands(self, delta: Tensor, most: int) -> list[Band]:
+        """Return the bands that the budget allows, of `most` singular values together."""
         rows, columns = matrix_shape(delta.shape)
         left, first = self.budget * rows * columns, 0
         bands: list[Band] = []
-        for bits, wanted in zip(self.bits, (*self.ranks, min(rows, columns)), strict=True):
-            rank = min(wanted, min(rows, columns) - first, int(left // (bits * (rows + columns) or 1)))
+        for bits, wanted in zip(self.bits, (*self.ranks, most), strict=True):
+            rank = min(wanted, most - first, int(left // (bits * (rows + columns) or 1)))
             if rank > 0:
                 bands.append(Band(bits, first, rank))
                 first, left = first + rank, left - rank * bits * (rows + columns)

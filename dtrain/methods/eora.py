@@ -30,7 +30,7 @@ from dtrain.stages import (
 
 
 @dataclass(frozen=True)
-class Eora(Method):
+class EoRA(Method):
     """Compress with another method, and add a low-rank approximation of what that left over (EoRA).
 
     With the covariance G of a layer's inputs, the factors are those that change the outputs least: the singular vectors
@@ -68,10 +68,10 @@ class Eora(Method):
         _ = value_format(self.values)
         if self.rank < 1:
             raise InputError(f"`rank` must be at least 1, got {self.rank}.")
-        if self.host.bitwise or self.host.needs == "objective" or isinstance(self.host, Eora):
+        if self.host.bitwise or self.host.needs == "objective" or isinstance(self.host, EoRA):
             raise InputError(
-                f"Eora cannot complete {type(self.host).__name__} with these arguments: its host must be lossy, with "
-                "fixed scales, and not Eora itself. Use q='norm' or a number where q is searched."
+                f"EoRA cannot complete {type(self.host).__name__} with these arguments: its host must be lossy, with "
+                "fixed scales, and not EoRA itself. Use q='norm' or a number where q is searched."
             )
 
     @property

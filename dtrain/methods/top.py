@@ -29,6 +29,30 @@ def top_positions(score: Tensor, count: int) -> Tensor:
     return (above | (equal & (equal.cumsum(1) <= missing))).reshape(-1).nonzero().view(-1)
 
 
+def top_share(score: Tensor, keep: float) -> Tensor:
+    """Return the positions of the greatest scores of each row, a share `keep` of all.
+
+    Where that is no whole number in a row, the rows with the greatest next score get one more.
+
+    Args:
+        score: Shape (rows, columns), not negative.
+        keep: Share of the elements, in (0, 1].
+
+    Returns:
+        int64, ascending, positions in the flattened matrix.
+    """
+    rows, columns = score.shape
+    wanted = round(keep * score.numel())
+    each = wanted // max(rows, 1)
+    if wanted == each * rows:
+        return top_positions(score, each)
+    following = score.kthvalue(columns - each, dim=1).values
+    more = torch.zeros(rows, dtype=torch.bool)
+    more[top_positions(following[None], wanted - each * rows)] = True
+    fewer = top_positions(score, each).view(rows, each)[~more]
+    return torch.cat([fewer.view(-1), top_positions(score, each + 1).view(rows, -1)[more].view(-1)]).sort().values
+
+
 def nonzero_at(values: Tensor, positions: Tensor) -> Tensor:
     """Return those of `positions` in the flattened `values` that hold no 0: it has no sign, and need not be stored."""
     return positions[(values.reshape(-1)[positions] != 0).to(positions.device)]

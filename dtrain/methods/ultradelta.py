@@ -12,8 +12,8 @@ from torch import Tensor
 from dtrain.errors import InputError
 from dtrain.methods.inputs import Inputs
 from dtrain.methods.method import Deltas, Encoder, Method, check_keep, check_type
-from dtrain.methods.top import nonzero_at
-from dtrain.stages import Affine, All, Indexed, Payload, Pipeline, Rans, decode, encode, matrix_shape, random_order
+from dtrain.stages import Affine, All, Indexed, Payload, Pipeline, Rans, blocks, encode, matrix_shape, random_order
+from dtrain.stages.philox import stream_key, words
 
 
 class Share(NamedTuple):
@@ -101,27 +101,28 @@ class UltraDelta(Method):
         self, shares: dict[str, Share], name: str, delta: Tensor, inputs: Inputs | None = None
     ) -> tuple[Payload, ...]:
         keep, gamma = shares.get(name, Share(self.keep, 1.0))
-        quantise = Affine(self.bits)
-        levels = encode(Pipeline(All(), quantise), name, delta)
-        values = decode(levels, name, delta.shape).values  # whole numbers, 0 among them
-        if keep == 1 or not values.numel():
-            return (replace(levels, scale=levels.scale * gamma),)
-        positions = nonzero_at(values, self._within_levels(name, values, keep))
-        pipeline = Pipeline(Indexed(), quantise, Rans())
-        payload = encode(pipeline, name, values.view(delta.shape), positions=positions)
-        return (replace(payload, scale=payload.scale * levels.scale * gamma / keep),)
+        quantise, flat = Affine(self.bits), delta.reshape(-1).cpu()
+        if keep == 1 or not flat.numel():
+            payload = encode(Pipeline(All(), quantise), name, delta)
+            return (replace(payload, scale=payload.scale * gamma),)
+        everywhere = blocks(0, flat.numel(), None)
+        levels = quantise.levels(flat, everywhere)
+        codes = quantise.encode(flat, everywhere, levels).symbols
+        positions = self._within_levels(name, codes, keep)
+        positions = positions[codes[positions] != int(levels.zero)]  # a 0 need not be stored
+        payload = encode(Pipeline(Indexed(), quantise, Rans()), name, delta, positions=positions, levels=levels)
+        return (replace(payload, scale=payload.scale * gamma / keep),)
 
-    def _within_levels(self, name: str, values: Tensor, keep: float) -> Tensor:
-        """Return the positions of a random share `keep` of every level, one element of each at least.
+    def _within_levels(self, name: str, codes: Tensor, keep: float) -> Tensor:
+        """Return the positions of a random share `keep` of every level, to within one element.
 
-        One at least, so that the least and the greatest level stay where they are.
+        Every 1/keep-th of all elements, sorted by level and at random within each, counted from a random start: so an
+        element of a level that has few is kept with the same chance as any other.
         """
-        by_level = random_order(self.seed, name, values - values.amin())
-        counts = cast("Tensor", torch.unique_consecutive(values[by_level], return_counts=True)[1])
-        starts = counts.cumsum(0) - counts
-        rank = torch.arange(values.numel()) - starts.repeat_interleave(counts)
-        wanted = (keep * counts).round().clamp_min(1).repeat_interleave(counts)
-        return by_level[rank < wanted].sort().values
+        by_level = random_order(self.seed, name, codes)
+        start = int(words(stream_key(self.seed, f"{name}\0start"), 0, 4)[0])
+        total = torch.arange(codes.numel() + 1) * round(keep * 2**32) + start >> 32
+        return by_level[torch.diff(total) > 0].sort().values
 
 
 def _trace_norm(matrix: Tensor) -> float:

@@ -11,8 +11,8 @@ from dtrain.methods.drop import Values
 from dtrain.methods.inputs import Inputs
 from dtrain.methods.magnitude import encode_at
 from dtrain.methods.method import Method, Needs, check_keep
-from dtrain.methods.top import top_positions
-from dtrain.stages import Payload, matrix_shape, value_format
+from dtrain.methods.top import top_share
+from dtrain.stages import Payload, value_format
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Wanda(Method):
     * **Source**: the score is Sun et al., arXiv 2306.11695, section 3; on deltas Deng et al., "DARE the Extreme", arXiv
       2410.09344, section 5. That rows are compared within themselves, as for weights, is a reading.
     * **Data needed**: a calibration: a few batches of inputs without labels. A tensor that is no layer's weight (an
-      embedding) has no inputs: there the score is |D| alone, within each row.
+      embedding) has no inputs: there the score is |D| alone, in the tensor as a whole.
     * **Bits per parameter**: nominal 16 * keep; on disk 16 * keep + H(keep), since these positions are no seed.
     * **When it fails**: like `Magnitude`, on small deltas at low keep rates. It is the method for large deltas.
 
     Args:
-        keep: Share of every row's elements that is kept, in (0, 1].
+        keep: Share of the elements that is kept, in (0, 1]: the same number in every row, to within one.
         values: How kept values are stored: "float16", "bfloat16", "uniform8", "uniform4", "uniform2" or "sign".
 
     Raises:
@@ -58,10 +58,10 @@ class Wanda(Method):
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return the values of the greatest scores and their positions."""
         if inputs is None:
-            score = delta.reshape(matrix_shape(delta.shape)).abs()
+            score = delta.reshape(1, -1).abs()
         else:
             score = inputs.matrix(delta).abs() * inputs.norms.to(delta.device)
-        positions = top_positions(score.cpu(), round(self.keep * score.shape[1]))
+        positions = top_share(score.cpu(), self.keep)
         if inputs is not None and inputs.transposed:
             outputs, columns = score.shape  # the file's order is the tensor's: (inputs, outputs)
             positions = (positions % columns * outputs + positions // columns).sort().values

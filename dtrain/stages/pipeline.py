@@ -191,21 +191,24 @@ def decode(payload: Payload, name: str, shape: Sequence[int], device: torch.devi
     return Decoded(None, transform.inverse(decoded.dense(math.prod(grid)).view(grid), shape))
 
 
-def kept_values(payload: Payload, name: str, shape: Sequence[int]) -> int:
-    """Return how many coefficients a payload holds; those that a transform adds at the edges are not counted."""
+def kept_values(payload: Payload, shape: Sequence[int]) -> int:
+    """Return how many coefficients a payload holds; those that a transform adds at the edges are not counted.
+
+    No mask is drawn, whose cost grows with the shape that a file states: of a random one whose values fill no whole
+    bytes it is the number that its last byte has room for, and of an entropy-coded one the number to be expected.
+    """
     transform, select, quantise, code = _stages(payload.pipeline)
     grid = transform.grid(shape)
     if isinstance(select, All) or isinstance(quantise, Mixed):
         return min(math.prod(grid), math.prod(shape)) if isinstance(transform, BlockDct) else math.prod(grid)
     if isinstance(select, Indexed):
         return Cursor(as_buffer(payload.data)).varint()
-    per_value = quantise.bits * quantise.symbols_per_value
-    if isinstance(code, Packed) and not quantise.group and per_value % 8 == 0:
-        return 8 * (payload.data.numel() - quantise.side_bytes(1)) // per_value
     least, most = select.count_bounds(grid)
-    if least == most:
-        return least
-    return select.positions(name, grid).numel()  # the last byte may be half full: only the mask knows
+    if not isinstance(code, Packed):
+        return (least + most) // 2
+    parts = -(-math.prod(grid) // quantise.group) if quantise.group else 1
+    room = 8 * (payload.data.numel() - quantise.side_bytes(parts)) // (quantise.bits * quantise.symbols_per_value)
+    return min(most, room)
 
 
 def _check_size(payload: Payload, grid: Grid, shape: Sequence[int]) -> None:

@@ -256,7 +256,7 @@ class TestCalibration:
     """Methods that look at the inputs of layers."""
 
     @pytest.mark.parametrize(
-        "method", [dtrain.Wanda(keep=0.5), dtrain.Eora(host=dtrain.BitDelta(), rank=1)], ids=lambda m: type(m).__name__
+        "method", [dtrain.Wanda(keep=0.5), dtrain.EoRA(host=dtrain.BitDelta(), rank=1)], ids=lambda m: type(m).__name__
     )
     def test_the_inputs_are_those_of_training_batches(self, tmp_path, method):
         module = TestFit.Calibrated()

@@ -47,8 +47,8 @@ def test_the_cli_writes_the_very_file_that_compress_writes(run, delta):
             dtrain.DeltaDCT(bits=(4, 2, 0), shares=(0.25, 0.25, 0.5)),
         ),
         (
-            ("--method", "Eora", "--method.host", "SeededSign", "--method.host.seed", "3", "--method.weighted=false"),
-            dtrain.Eora(host=dtrain.SeededSign(seed=3), weighted=False),
+            ("--method", "EoRA", "--method.host", "SeededSign", "--method.host.seed", "3", "--method.weighted=false"),
+            dtrain.EoRA(host=dtrain.SeededSign(seed=3), weighted=False),
         ),
         (
             ("--method", "DeltaDQ", "--method.group", "16", "--method.scope", "row"),

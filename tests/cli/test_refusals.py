@@ -42,7 +42,7 @@ USAGE = {
         "Magnitude",
         "calibration=",
     ),
-    "needs inputs, or not": (["compress", "a", "b", "c", "--method", "Eora"], "--method.weighted false"),
+    "needs inputs, or not": (["compress", "a", "b", "c", "--method", "EoRA"], "--method.weighted false"),
     "OUT is BASE": (["compress", "base.safetensors", "tuned.safetensors", "./base.safetensors"], "OUT and BASE"),
     "OUT is FINETUNED": (["compress", "base.safetensors", "tuned.safetensors", "tuned.safetensors"], "FINETUNED"),
     "OUT is DELTA": (["apply", "base.safetensors", "tuned.safetensors", "tuned.safetensors"], "OUT and DELTA"),

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import dtrain
-from dtrain import BitDelta, Calibration, DeltaDQ, Eora, InputError, Wanda
+from dtrain import BitDelta, Calibration, DeltaDQ, EoRA, InputError, Wanda
 from dtrain.difference import pair
 from dtrain.fit import calibrate
 from dtrain.rules import Rules
@@ -123,9 +123,9 @@ def test_a_host_is_searched_for_as_well():
     base, tuned = model(*NAMES["bert"])
     alone = chosen(base, tuned)
     for weighted in (True, False):
-        described = chosen(base, tuned, Eora(METHOD, 1, weighted=weighted))
+        described = chosen(base, tuned, EoRA(METHOD, 1, weighted=weighted))
         assert described["host"] == alone
-    assert chosen(base, tuned, Eora(replace(METHOD, group=12), 1))["host"]["group"] == 12
+    assert chosen(base, tuned, EoRA(replace(METHOD, group=12), 1))["host"]["group"] == 12
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_projections_that_cannot_be_told_are_a_sentence(shapes, message):
         chosen(base, tuned)
 
 
-@pytest.mark.parametrize("method", [Wanda(), Eora(BitDelta()), METHOD], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", [Wanda(), EoRA(BitDelta()), METHOD], ids=lambda method: type(method).__name__)
 def test_inputs_are_those_of_the_finetuned_model(method):
     """The module may hold anything: it is lent the fine-tuned weights, and gets back what it held."""
     base, tuned = model(("query.weight", SQUARE), ("key.weight", SQUARE))

@@ -15,7 +15,7 @@ from dtrain import (
     DeltaDCT,
     DeltaDQ,
     Ecsq,
-    Eora,
+    EoRA,
     ImPart,
     InputError,
     Lossless,
@@ -144,15 +144,15 @@ BAD = {
         ({"gamma": 0}, r"`gamma` in \(0, 1\].* got 0.5, 0, 4, 0"),
         ({"bits": 13}, r"`bits` in \[1, 12\].* got 0.5, 0.5, 13, 0"),
     ],
-    Eora: [
+    EoRA: [
         *VALUES,
         ({"rank": 0}, "`rank` must be at least 1, got 0"),
         ({"rank": 2.0}, "`rank` must be an integer"),
         ({"host": "Magnitude"}, r"`host` must be a method such as dtrain.BitDelta\(\), got 'Magnitude'"),
         ({"host": Magnitude}, "`host` must be a method such as"),
-        ({"host": Eora()}, "Eora cannot complete Eora .*not Eora itself"),
-        ({"host": Lossless()}, "Eora cannot complete Lossless .*must be lossy"),
-        ({"host": DareX()}, "Eora cannot complete DareX .*Use q='norm' or a number where q is searched"),
+        ({"host": EoRA()}, "EoRA cannot complete EoRA .*not EoRA itself"),
+        ({"host": Lossless()}, "EoRA cannot complete Lossless .*must be lossy"),
+        ({"host": DareX()}, "EoRA cannot complete DareX .*Use q='norm' or a number where q is searched"),
     ],
     Ecsq: [
         *(({"bits": bits}, r"`bits` must be in \(0, 8\], got") for bits in (0, -1, 8.1, math.nan)),

@@ -155,7 +155,7 @@ def test_the_bound_gives_every_layer_its_own_q(signed):
 def test_payloads_add_up_as_in_a_model():
     """`dense`, which these tests stand on, against the weights that a delta gives."""
     base, tuned = {"w": torch.zeros(9, 7)}, {"w": torch.randn(9, 7)}
-    delta = dtrain.compress(base, tuned, dtrain.Eora(dtrain.BitDelta(), 2, weighted=False))
+    delta = dtrain.compress(base, tuned, dtrain.EoRA(dtrain.BitDelta(), 2, weighted=False))
     (record,) = delta.content.records
     found = dense(record.payloads, (9, 7))
     assert torch.allclose(found.float(), delta.state_dict(base)["w"], atol=1e-6)

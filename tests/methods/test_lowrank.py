@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtrain import BitDelta, DareX, DeltaCoMe, Eora, ImPart, Inputs, Magnitude
+from dtrain import BitDelta, DareX, DeltaCoMe, EoRA, ImPart, Inputs, Magnitude
 from dtrain.stages import All
 from tests.methods.oracles import affine
 from tests.methods.settings import HALF, dense, rebuilt
@@ -175,7 +175,7 @@ def test_no_factors_of_this_rank_change_the_outputs_less(host, rank, transposed)
     delta = matrix.t().contiguous() if transposed else matrix
     residual = (delta - rebuilt(host, delta)).t() if transposed else delta - rebuilt(host, delta)
     least = torch.linalg.svdvals(residual @ torch.linalg.cholesky(inputs.gram.double()))[rank:].square().sum()
-    found = rebuilt(Eora(host, rank, "float16"), delta, inputs)
+    found = rebuilt(EoRA(host, rank, "float16"), delta, inputs)
     error = delta - found
     achieved = weighted(error.t() if transposed else error, inputs.gram)
     assert achieved == pytest.approx(float(least), rel=0.01)
@@ -193,7 +193,7 @@ def test_without_weights_it_is_the_plain_decomposition(inputs):
     u, s, v = torch.linalg.svd(residual, full_matrices=False)
     plain = u[:, :3] * s[:3] @ v[:3]
     identity = inputs is None or torch.equal(inputs.gram, torch.eye(16))
-    found = rebuilt(Eora(host, 3, "float16", weighted=identity), delta, inputs) - rebuilt(host, delta)
+    found = rebuilt(EoRA(host, 3, "float16", weighted=identity), delta, inputs) - rebuilt(host, delta)
     assert float((found - plain).norm()) < 2e-3 * float(plain.norm())
 
 
@@ -203,14 +203,14 @@ def test_inputs_that_are_never_seen_do_no_harm():
     gram[3], gram[:, 3] = 0.0, 0.0
     inputs = Inputs(gram.diagonal().sqrt(), torch.ones(1, 16), gram)
     delta = torch.randn(20, 16)
-    found = rebuilt(Eora(BitDelta(), 2, "float16"), delta, inputs)
+    found = rebuilt(EoRA(BitDelta(), 2, "float16"), delta, inputs)
     assert weighted(delta - found, gram) < weighted(delta - rebuilt(BitDelta(), delta), gram)
     assert float(found.abs().max()) < 10 * float(delta.abs().max())
 
 
 def test_the_factors_come_on_top_of_the_hosts_payloads():
     delta, host = torch.randn(40, 30), DeltaCoMe((4, 2), (1,), 1.0, 16)
-    payloads, own = Eora(host, 2, weighted=False).encode("w", delta), host.encode("w", delta)
+    payloads, own = EoRA(host, 2, weighted=False).encode("w", delta), host.encode("w", delta)
     assert [bytes(p.data) for p in payloads[:-1]] == [bytes(p.data) for p in own]
     assert payloads[-1].data.numel() == 2 * 70  # a byte per entry: bits * rank * (rows + columns) / 8
     host_left, left = (float((delta - dense(p, delta.shape)).norm()) for p in (own, payloads))

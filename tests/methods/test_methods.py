@@ -28,7 +28,7 @@ from tests.methods.settings import (
     zoo,
 )
 
-SEARCHED = ("DeltaDQ search", "Eora on a search")  # which cannot encode before the search
+SEARCHED = ("DeltaDQ search", "EoRA on a search")  # which cannot encode before the search
 FREE = [setting for setting in SETTINGS if setting.method.needs == "nothing"]
 ENCODERS = [setting for setting in LOSSY if setting.id not in SEARCHED]
 ONE_EACH = list({type(setting.method): setting for setting in reversed(ENCODERS)}.values())

@@ -11,7 +11,7 @@ from dtrain import (
     Dare,
     DareX,
     DeltaDQ,
-    Eora,
+    EoRA,
     ImPart,
     Magnitude,
     SeededSign,
@@ -117,7 +117,7 @@ def test_impart_costs_its_entries(keep):
 
 
 def test_eora_costs_its_host_and_its_factors():
-    found = per_parameter(Eora(BitDelta(), 4, weighted=False))
+    found = per_parameter(EoRA(BitDelta(), 4, weighted=False))
     assert found == 1 + 8 * 4 * (SIDE + SIDE) / SIDE**2
 
 
