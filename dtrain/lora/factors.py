@@ -51,7 +51,7 @@ def save_adapter(delta: Delta, folder: str | Path) -> int:
         Bytes of `adapter_model.safetensors` and `adapter_config.json`.
 
     Raises:
-        InputError: If the delta is not one of an adapter, or if the folder cannot be written.
+        InputError: If the delta is not one of a LoRA adapter, or if the folder cannot be written.
         BaseMismatchError: If its base is not zero.
     """
     config = delta.content.metadata.get("adapter")
@@ -60,8 +60,10 @@ def save_adapter(delta: Delta, folder: str | Path) -> int:
             f"{delta.origin} has no configuration of an adapter. Make the delta with dtrain.compress(None, "
             "dtrain.lora_factors(adapter), method)."
         )
+    state = delta.state_dict(None)
+    read_adapter((state, config))  # a file may claim anything: what is written is an adapter
     files = {
-        ADAPTER_WEIGHTS: save(delta.state_dict(None), metadata={"format": "pt"}),
+        ADAPTER_WEIGHTS: save(state, metadata={"format": "pt"}),
         ADAPTER_CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
     _write_folder(Path(folder), files)
