@@ -33,7 +33,7 @@ class UltraDelta(Method):
 
     * **Source**: Wang et al., "UltraDelta", arXiv 2505.13563, section 3. Three groups by standard deviation, pruning
       within levels and gamma in [0.5, 1], falling with the trace norm, are certain. That the groups are equally many
-      tensors, that gamma falls linearly and that every level keeps one element at least are readings.
+      tensors, that gamma falls linearly and that a level keeps its share to within one element are readings.
     * **Data needed**: none.
     * **Bits per parameter**: nominal bits * keep (as in the paper's second version; its third counts the positions
       too); on disk keep * H(codes) + H(keep), less what level 0 would take, since what is pruned is no seed.

@@ -208,7 +208,7 @@ def kept_values(payload: Payload, shape: Sequence[int]) -> int:
         return (least + most) // 2
     parts = -(-math.prod(grid) // quantise.group) if quantise.group else 1
     room = 8 * (payload.data.numel() - quantise.side_bytes(parts)) // (quantise.bits * quantise.symbols_per_value)
-    return min(most, room)
+    return max(0, min(most, room))  # fewer bytes than the blocks need are no honest file's
 
 
 def _check_size(payload: Payload, grid: Grid, shape: Sequence[int]) -> None:

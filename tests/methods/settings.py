@@ -112,6 +112,7 @@ SETTINGS = [
     Setting("ImPart", ImPart(keep=0.5), ImPart(keep=2), 2**-9, exact=False),
     Setting("ImPart tail", ImPart(keep=1, beta=0.4, values="uniform8", seed=2**64 - 1), exact=False),
     Setting("UltraDelta", UltraDelta(keep=0.3), UltraDelta(keep=1, step=0, bits=12, gamma=1), 2**-12),
+    Setting("UltraDelta fine", UltraDelta(keep=0.3, bits=12, gamma=1), None, 2**-12, unbiased=True),
     Setting("UltraDelta plain", UltraDelta(keep=0.8, step=0.5, bits=2, gamma=1.0, seed=3)),
     Setting("EoRA", EoRA(), EoRA(rank=99, values="float16"), 2**-8, exact=False),
     Setting("EoRA plain", EoRA(BitDelta("row"), 2, weighted=False), exact=False),

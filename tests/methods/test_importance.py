@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import dtrain
 from dtrain import ComPEFT, Inputs, Magnitude, Wanda
-from dtrain.methods.top import nonzero_at, top_positions, top_threshold
+from dtrain.methods.top import nonzero_at, top_positions, top_share, top_threshold
 from tests.methods.settings import HALF, RULES, calibration_of, dense, inputs, rebuilt, zoo
 
 FEW = st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0])  # so that many are equal
@@ -27,6 +27,35 @@ def test_top_positions_are_those_of_a_stable_sort(rows, data):
     expected = [i * len(row) + j for i, row in enumerate(rows) for j in greatest(row, count)]
     for laid in (score, score.t().contiguous().t()):
         assert top_positions(laid, count).tolist() == expected
+
+
+def shared(rows, keep):
+    """The same number of each row by sorting, and the spare ones to the rows whose next score is greatest."""
+    each, spare = divmod(round(keep * sum(map(len, rows))), len(rows))
+    more = greatest([sorted(row)[-each - 1] for row in rows], spare) if spare else []
+    return [i * len(row) + j for i, row in enumerate(rows) for j in greatest(row, each + (i in more))]
+
+
+@given(
+    st.integers(1, 6).flatmap(lambda n: st.lists(st.lists(FEW, min_size=n, max_size=n), min_size=1, max_size=9)),
+    st.floats(0.001, 1),
+)
+@example([[1.0, 1.0, 0.5], [1.0, 2.0, 0.5], [2.0, 0.0, 0.0]], 0.3)  # one of each row, whatever the others have
+@example([[1.0, 1.0, 0.5], [1.0, 2.0, 0.5], [2.0, 0.0, 0.0]], 0.2)  # fewer than one of each row: the greatest
+@example([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]], 0.7)  # all alike: the first rows get the spare one
+def test_a_share_is_the_same_of_every_row_to_within_one(rows, keep):
+    score = torch.tensor(rows)
+    for laid in (score, score.t().contiguous().t()):
+        found = top_share(laid, keep)
+        assert found.tolist() == shared(rows, keep)
+    assert len(found) == round(keep * score.numel())
+    counts = torch.bincount(found // score.shape[1], minlength=len(rows))
+    assert int(counts.max() - counts.min()) <= 1
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_a_share_of_nothing_is_nothing(shape):
+    assert not top_share(torch.empty(shape), 0.5).numel()
 
 
 SIZES = st.floats(0, 2.0**127, width=32) | st.sampled_from([0.0, 2.0**-149, 2.0**-126, 1.0, 1 + 2.0**-23])
@@ -68,15 +97,13 @@ def test_magnitude_may_keep_the_norm():
 
 def wanda(matrix, norms, keep):
     """|D_ij| ||x_j||, compared within each row i; nothing is rescaled."""
-    expected = torch.zeros_like(matrix, dtype=torch.float64)
-    for i, row in enumerate(matrix.double()):
-        scores = (row.float().abs() * norms).tolist()
-        for j in greatest(scores, round(keep * len(row))):
-            expected[i, j] = row[j]
-    return expected
+    expected, flat = torch.zeros(matrix.numel(), dtype=torch.float64), matrix.double().flatten()
+    chosen = shared((matrix.abs() * norms).tolist(), keep)
+    expected[chosen] = flat[chosen]
+    return expected.view(matrix.shape)
 
 
-@pytest.mark.parametrize("keep", [0.1, 0.5, 1])
+@pytest.mark.parametrize("keep", [0.02, 0.1, 0.5, 1])
 @pytest.mark.parametrize("shape", [(6, 21), (5, 2, 3, 3)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_wanda_compares_within_outputs(keep, shape, transposed):
@@ -88,16 +115,28 @@ def test_wanda_compares_within_outputs(keep, shape, transposed):
     assert torch.allclose(found, wanda(matrix, seen.norms, keep), rtol=HALF, atol=0)
 
 
+@pytest.mark.parametrize("values", ["float16", "sign", "uniform4"])
+@pytest.mark.parametrize("keep", [0.01, 0.3, 1])
+def test_without_inputs_wanda_is_magnitude(keep, values):
+    """An embedding is ranked as a whole: a row of small changes may keep nothing."""
+    delta = torch.randn(12, 10) * torch.logspace(0, -3, 12)[:, None]
+    (found,), (expected,) = (kind(keep=keep, values=values).encode("w", delta) for kind in (Wanda, Magnitude))
+    assert (found.pipeline, found.scale) == (expected.pipeline, expected.scale)
+    assert torch.equal(found.data, expected.data)
+
+
 def test_wanda_in_a_model():
-    """Measured through `compress`: a matrix, a convolution, a turned-over weight; elsewhere all inputs count alike."""
+    """Measured through `compress`: a matrix, a turned-over weight, and one that no layer multiplies by."""
     base, tuned = zoo()
     delta = dtrain.compress(base, tuned, Wanda(keep=0.4), calibration=calibration_of(tuned), rules=RULES)
     norms = (inputs(0, 30, 18).square().sum(0) + inputs(1, 30, 18).square().sum(0)).sqrt()
     records = {record.name: record for record in delta.content.records}
-    for name, seen in {"attn.query.weight": norms, "conv1d": norms, "sliced": torch.ones(5)}.items():
+    for name, seen in {"attn.query.weight": norms, "conv1d": norms, "sliced": torch.ones(())}.items():
         change, found = tuned[name] - base[name], dense(records[name].payloads, tuned[name].shape, name)
         if name == "conv1d":
             change, found = change.t(), found.t()
+        elif name == "sliced":
+            change, found = change.reshape(1, -1), found.view(1, -1)
         assert torch.allclose(found, wanda(change, seen, 0.4), rtol=HALF, atol=0), name
 
 

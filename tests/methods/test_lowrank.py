@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from dtrain import BitDelta, DareX, DeltaCoMe, EoRA, ImPart, Inputs, Magnitude
+from dtrain.report import Row
 from dtrain.stages import All
 from tests.methods.oracles import affine
-from tests.methods.settings import HALF, dense, rebuilt
+from tests.methods.settings import HALF, dense, rebuilt, tiny
 
 
 def balanced(matrix):
@@ -90,6 +91,25 @@ def test_with_bits_to_spare_it_is_the_best_approximation_of_its_rank(rank):
     found = rebuilt(DeltaCoMe((16,), (), budget, 4), delta)
     left = torch.linalg.svdvals(delta.double())[rank:].square().sum().sqrt()
     assert float((found - delta).norm()) == pytest.approx(float(left), abs=2e-3 * float(delta.norm()))
+
+
+@pytest.mark.parametrize("gptq", [False, True])
+@pytest.mark.parametrize(("rank", "expected"), [(0, []), (1, [1]), (3, [2, 1]), (6, [2, 3, 1])])
+@pytest.mark.parametrize("shape", [(40, 30), (12, 90)])
+def test_nothing_is_spent_beyond_the_deltas_rank(shape, rank, expected, gptq):
+    delta = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
+    payloads = DeltaCoMe((8, 6, 6), (2, 3), 30.0, 16, gptq=gptq).encode("w", delta)
+    assert [p.pipeline.transform.rank for p in payloads] == expected
+    assert float((dense(payloads, shape) - delta).norm()) <= 0.1 * float(delta.norm())
+
+
+def test_what_the_budget_has_no_room_for_is_still_the_methods():
+    """Less than one singular value: no payload, the base's weights, and a row of its own in the report."""
+    base, delta = tiny(DeltaCoMe((8,), (), 0.01))
+    rows = {row.kind: row for row in delta.report().rows}
+    assert rows["method"] == Row("method", tensors=1, elements=12, kept=0, payload_bytes=0)
+    assert rows["half"].tensors == 1
+    assert torch.equal(delta.state_dict(base)["a.weight"], base["a.weight"])
 
 
 def rates(payloads):

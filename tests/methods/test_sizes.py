@@ -69,10 +69,9 @@ def test_a_seeded_sign_costs_one_bit(keep):
 @pytest.mark.parametrize("keep", [0.5, 0.1, 0.01])
 @pytest.mark.parametrize(("kind", "bits"), [(Magnitude, 16), (Wanda, 16), (ComPEFT, 1)])
 def test_stored_positions_cost_their_entropy(kind, bits, keep):
-    """keep * bits + H(keep) and a small table: 8.1 bits a position at 1 %, where Wanda keeps 5 of 512 in a row."""
+    """keep * bits + H(keep) and a small table: 8.1 bits a position at 1 %."""
     method = kind(keep=keep)
-    share = round(keep * SIDE) / SIDE if kind is Wanda else keep
-    assert per_parameter(method) == pytest.approx(share * bits + binary_entropy(share), rel=0.025)
+    assert per_parameter(method) == pytest.approx(keep * bits + binary_entropy(keep), rel=0.025)
     assert method.nominal_bits == pytest.approx(keep * bits + (binary_entropy(keep) if kind is ComPEFT else 0))
 
 
