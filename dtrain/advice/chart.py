@@ -166,8 +166,8 @@ def _one_bit(measures: Measures) -> Step:
 def _size() -> Step:
     because = (
         "On three fine-tunes each of a MiniLM and a small ViT, codes on random masks were ahead below 0.3 bit per "
-        "weight: DeltaDQ at 0.25 bit, on the MiniLM down to 0.015, where SeededSign was within two points of it; on the "
-        "ViT SeededSign was ahead from 0.06 bit on. At one bit DeltaDQ and DeltaCoMe lost nothing, nor did Ecsq at two."
+        "weight: DeltaDQ at 0.25 bit, and on the MiniLM down to 0.015, SeededSign within two points of it; on the "
+        "ViT SeededSign was ahead from 0.06 bit. At one bit DeltaDQ and DeltaCoMe lost nothing, nor did Ecsq at two."
     )
     return Step("How small must the file be?", YOU, because, OURS)
 
