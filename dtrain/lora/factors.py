@@ -6,6 +6,7 @@ import json
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors.torch import save
 
@@ -61,7 +62,7 @@ def save_adapter(delta: Delta, folder: str | Path) -> int:
             "dtrain.lora_factors(adapter), method)."
         )
     state = delta.state_dict(None)
-    read_adapter((state, config))  # a file may claim anything: what is written is an adapter
+    read_adapter((state, cast("dict[str, Any]", config)))  # a file may claim anything: what is written is an adapter
     files = {
         ADAPTER_WEIGHTS: save(state, metadata={"format": "pt"}),
         ADAPTER_CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
