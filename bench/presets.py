@@ -102,7 +102,7 @@ def solve(cost: Callable[[float], float], budget: float, most: float = 0.5) -> f
 def compress(task: Task, method: dtrain.Method) -> dtrain.Delta:
     """Compress the task's fine-tune with what the method needs."""
     objective = task.objective() if method.needs == "objective" else None
-    calibration = task.calibration() if method.needs in ("inputs", "covariance") else None
+    calibration = task.calibration() if method.needs_calibration else None
     return dtrain.compress(task.base, task.tuned, method, objective=objective, calibration=calibration)
 
 

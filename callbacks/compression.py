@@ -160,7 +160,7 @@ class DeltaCompressionCallback(pl.Callback):
         """Called when training begins: the weights are those before the first step, unless the run is resumed."""
         if self.method.needs != "nothing":
             check_calibration(trainer, pl_module)
-        if self._needs_inputs:
+        if self.method.needs_calibration:
             check_one_process(trainer, self.method)
         if not _is_trial(trainer):
             self._base.take(trainer, submodule(pl_module, self.module))
@@ -230,10 +230,6 @@ class DeltaCompressionCallback(pl.Callback):
         return self.method.needs == "objective"
 
     @property
-    def _needs_inputs(self) -> bool:
-        return self.method.needs in ("inputs", "covariance")
-
-    @property
     def _must_have_metric(self) -> bool:
         """Whether validation has to log the metric: what only the checkpoint callback asks for may be training's."""
         return self.monitor is not None or (self._needs_objective and self.fit_on == "metric")
@@ -259,7 +255,7 @@ class DeltaCompressionCallback(pl.Callback):
         return ValidationObjective(trainer, pl_module, target, self.calibration_batches, used, mode)
 
     def _calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule, target: nn.Module) -> Calibration | None:
-        if not self._needs_inputs:
+        if not self.method.needs_calibration:
             return None
         return validation_calibration(trainer, pl_module, target, self.calibration_batches)
 

@@ -66,7 +66,7 @@ def compress(
         changes = [replace(c, role="bits") if c.role in ("method", "half") else c for c in changes]
     metadata: dict[str, Any] = {"rules": _changed_rules(rules), **tuned.notes}
     inputs: dict[str, Inputs] = {}
-    if calibration is not None and method.needs in ("inputs", "covariance"):
+    if calibration is not None and method.needs_calibration:
         method, inputs = calibrate(method, changes, calibration)
         metadata["uncalibrated"] = [c.name for c in changes if c.role == "method" and c.name not in inputs]
     metadata["method"] = method.describe()
@@ -180,7 +180,7 @@ def _check_data(method: Method, objective: Objective | None, calibration: Calibr
             "objective=dtrain.HiddenChange(model, batches) or dtrain.Metric(model, evaluate), or fix q: q='norm' or a "
             "number need no data."
         )
-    if method.needs in ("inputs", "covariance") and calibration is None:
+    if method.needs_calibration and calibration is None:
         raise NeedsDataError(
             f"{name} looks at the {method.needs} of every layer but got no calibration. Pass "
             "calibration=dtrain.Calibration(model, batches) with batches of training inputs."

@@ -14,7 +14,7 @@ from dtrain.fit.calibration import Calibration
 from dtrain.fit.trial import Trial
 from dtrain.methods import DeltaDQ, EoRA, Inputs, Method
 from dtrain.progress import progress
-from dtrain.stages import decode
+from dtrain.stages import rebuild
 
 _LAYERS = 2  # the first layers stand for all: a reading of "early layers as proxy"
 #: Names of the query's projection, with that of the key beside it; a fused projection holds query, key, value in turn
@@ -122,9 +122,7 @@ def _projected(method: DeltaDQ | None, changes: Mapping[str, Change], seen: Inpu
     weight = change.tuned.double().cpu()
     if method is not None:
         delta = change.delta().cpu()
-        (payload,) = method.encode(name, delta)
-        dense = decode(payload, name, delta.shape).dense(delta.numel()).double() * payload.scale
-        weight = weight - delta.double() + dense.view(delta.shape)
+        weight = weight - delta.double() + rebuild(method.encode(name, delta), name, delta.shape)
     bias = changes.get(f"{name.removesuffix('weight')}bias")
     out = seen.sample.double() @ seen.matrix(weight).t()
     return out if bias is None else out + bias.tuned.double().cpu()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dtrain.errors import InputError
-from dtrain.methods.gptq import gptq
+from dtrain.methods.gptq import gptq, inverse_root
 from dtrain.methods.inputs import Inputs
 from dtrain.methods.method import Method, Needs, check_flag, check_numbers, check_type
 from dtrain.stages import (
@@ -129,14 +129,15 @@ class DeltaCoMe(Method):
         gram = torch.eye(width, dtype=torch.float64)
         if inputs is not None and inputs.gram is not None:
             gram = inputs.gram.double()
-        rounded = factors.double().clone()
+        root, rounded = inverse_root(gram), factors.double().clone()
         for band, levels in zip(bands, frames, strict=True):
             chosen = slice(band.first, band.first + band.rank)
             top = Affine(band.bits, self.block).top
             step, zero = (part.view(band.rank, -1) for part in (levels.step, levels.zero))
-            v = gptq(factors[chosen, inner], gram, step[:, inner], zero[:, inner], top)
+            v = gptq(factors[chosen, inner], root, step[:, inner], zero[:, inner], top)
             rounded[chosen, inner] = v
-            u = gptq(factors[chosen, outer].t(), v @ gram @ v.t(), step[:, outer].t(), zero[:, outer].t(), top)
+            seen = inverse_root(v @ gram @ v.t())
+            u = gptq(factors[chosen, outer].t(), seen, step[:, outer].t(), zero[:, outer].t(), top)
             rounded[chosen, outer] = u.t()
         return rounded.float()
 

@@ -21,9 +21,9 @@ from dtrain.stages import (
     Payload,
     Pipeline,
     balanced,
-    decode,
     encode,
     matrix_shape,
+    rebuild,
     singular_factors,
     value_format,
 )
@@ -103,17 +103,15 @@ class EoRA(Method):
         rank = min(self.rank, rows, columns)
         if not rank:
             return ()
-        residual = delta.reshape(-1).cpu().double()
-        for payload in payloads:
-            residual -= decode(payload, name, delta.shape).dense(delta.numel()).double() * payload.scale
+        residual = (delta.cpu().double() - rebuild(payloads, name, delta.shape)).reshape(rows, columns)
         covariance = inputs.gram if inputs is not None and self.weighted else None
         if covariance is None or inputs is None:
-            factors = singular_factors(residual.view(rows, columns))[:rank]
+            factors = singular_factors(residual)[:rank]
         elif inputs.transposed:  # the tensor is (inputs, outputs): factor its transpose, and swap the halves
-            swapped = _weighted(residual.view(rows, columns).t(), covariance, rank)
+            swapped = _weighted(residual.t(), covariance, rank)
             factors = torch.cat([swapped[:, columns:], swapped[:, :columns]], dim=1)
         else:
-            factors = _weighted(residual.view(rows, columns), covariance, rank)
+            factors = _weighted(residual, covariance, rank)
         pipeline = Pipeline(All(), value_format(self.values), Packed(), LowRank(rank))
         return (encode(pipeline, name, delta, coefficients=factors),)
 

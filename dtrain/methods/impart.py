@@ -22,6 +22,7 @@ from dtrain.stages import (
     matrix_shape,
     random_mask,
     singular_factors,
+    value_bits,
     value_format,
 )
 
@@ -73,8 +74,7 @@ class ImPart(Method):
     @property
     def nominal_bits(self) -> float:
         """Bits per parameter by the paper's own accounting: kept entries times the bits of a value."""
-        quantise = value_format(self.values)
-        return self.keep * quantise.bits * quantise.symbols_per_value
+        return self.keep * value_bits(value_format(self.values))
 
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return one payload per run of singular values that are kept at the same rate."""

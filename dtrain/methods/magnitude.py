@@ -11,7 +11,7 @@ from dtrain.methods.drop import Values, with_norm_of
 from dtrain.methods.inputs import Inputs
 from dtrain.methods.method import Method, check_choice, check_keep
 from dtrain.methods.top import nonzero_at, top_positions
-from dtrain.stages import All, Indexed, Packed, Payload, Pipeline, Rans, encode, value_format
+from dtrain.stages import All, Indexed, Packed, Payload, Pipeline, Rans, encode, value_bits, value_format
 
 
 def encode_at(positions: Tensor, keep: float, values: Values, name: str, delta: Tensor) -> Payload:
@@ -61,8 +61,7 @@ class Magnitude(Method):
     @property
     def nominal_bits(self) -> float:
         """Bits per parameter by the paper's own accounting: keep times the bits of a value."""
-        quantise = value_format(self.values)
-        return self.keep * quantise.bits * quantise.symbols_per_value
+        return self.keep * value_bits(value_format(self.values))
 
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return the greatest values and their positions."""

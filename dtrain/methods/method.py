@@ -55,6 +55,11 @@ class Method(ABC):
         return "nothing"
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether `compress` has to be given a calibration."""
+        return self.needs in ("inputs", "covariance")
+
+    @property
     @abstractmethod
     def nominal_bits(self) -> float:
         """Bits per parameter by the paper's own accounting: values only, positions and tables not counted."""

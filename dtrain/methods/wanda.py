@@ -12,7 +12,7 @@ from dtrain.methods.inputs import Inputs
 from dtrain.methods.magnitude import encode_at
 from dtrain.methods.method import Method, Needs, check_keep
 from dtrain.methods.top import top_share
-from dtrain.stages import Payload, value_format
+from dtrain.stages import Payload, value_bits, value_format
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Wanda(Method):
     @property
     def nominal_bits(self) -> float:
         """Bits per parameter by the paper's own accounting: keep times the bits of a value."""
-        quantise = value_format(self.values)
-        return self.keep * quantise.bits * quantise.symbols_per_value
+        return self.keep * value_bits(value_format(self.values))
 
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return the values of the greatest scores and their positions."""

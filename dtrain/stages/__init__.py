@@ -4,7 +4,7 @@ from dtrain.stages.code import Packed, Parts, Rans, Zstd
 from dtrain.stages.index import Indexed
 from dtrain.stages.mixed import Mixed
 from dtrain.stages.philox import random_order
-from dtrain.stages.pipeline import STAGES, Decoded, Payload, Pipeline, decode, encode, kept_values
+from dtrain.stages.pipeline import STAGES, Decoded, Payload, Pipeline, decode, encode, kept_values, rebuild
 from dtrain.stages.quantise import (
     Affine,
     BFloat16,
@@ -15,6 +15,7 @@ from dtrain.stages.quantise import (
     Sign,
     Uniform,
     blocks,
+    value_bits,
     value_format,
 )
 from dtrain.stages.select import All, Bernoulli, Stratified, random_mask
@@ -63,6 +64,8 @@ __all__ = [
     "matrix_shape",
     "random_mask",
     "random_order",
+    "rebuild",
     "singular_factors",
+    "value_bits",
     "value_format",
 ]

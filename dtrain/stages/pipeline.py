@@ -191,6 +191,14 @@ def decode(payload: Payload, name: str, shape: Sequence[int], device: torch.devi
     return Decoded(None, transform.inverse(decoded.dense(math.prod(grid)).view(grid), shape))
 
 
+def rebuild(payloads: Sequence[Payload], name: str, shape: Sequence[int]) -> Tensor:
+    """Return what payloads make together, the sum of scale * values: float64 of `shape`, on the CPU."""
+    total = torch.zeros(math.prod(shape), dtype=torch.float64)
+    for payload in payloads:
+        total += decode(payload, name, shape).dense(total.numel()).double() * payload.scale
+    return total.view(tuple(shape))
+
+
 def kept_values(payload: Payload, shape: Sequence[int]) -> int:
     """Return how many coefficients a payload holds; those that a transform adds at the edges are not counted.
 

@@ -334,6 +334,11 @@ def value_format(name: str) -> Float16 | BFloat16 | Sign | Uniform:
     return VALUES[name]
 
 
+def value_bits(quantise: Float16 | BFloat16 | Sign | Uniform) -> int:
+    """Return the bits of one value, before any entropy coding."""
+    return quantise.bits * quantise.symbols_per_value
+
+
 def _symbols(codes: Tensor, bits: int) -> Tensor:
     return codes.to(torch.uint8 if bits <= 8 else torch.int32)
 
