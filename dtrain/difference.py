@@ -140,8 +140,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(tensor_bytes(a), tensor_bytes(b))
 
 
-def _without_prefix(base: Weights, tuned: Weights) -> Weights:
-    """Rename the fine-tuned tensors by the prefix, if any, that pairs more of them than no prefix does."""
+def prefix_of(base: Weights, tuned: Weights) -> str:
+    """Return the prefix of the fine-tuned names, if any, that pairs more of them with the base's than no prefix does."""
     names = [*tuned.tensors, *tuned.aliases]
     plain = sum(base.get(name) is not None for name in names)
     matches = Counter(
@@ -151,8 +151,15 @@ def _without_prefix(base: Weights, tuned: Weights) -> Weights:
         if char == "." and base.get(name[dot + 1 :]) is not None
     ).most_common(2)
     if not matches or matches[0][1] <= plain or (len(matches) > 1 and matches[0][1] == matches[1][1]):
+        return ""
+    return matches[0][0]
+
+
+def _without_prefix(base: Weights, tuned: Weights) -> Weights:
+    """Rename the fine-tuned tensors by their prefix, if any."""
+    if not (prefix := prefix_of(base, tuned)):
         return tuned
-    prefix = matches[0][0]
+    names = [*tuned.tensors, *tuned.aliases]
     # By every name: the first name of a tied tensor may lie outside the prefix.
     short = {name: name.removeprefix(prefix) for name in names}
     if len(set(short.values())) != len(names):
