@@ -1,10 +1,12 @@
-"""Two real tasks to compress: MiniLM on SST-2 and a small ViT on five CIFAR-10 classes it has never seen.
+"""Real tasks to compress: MiniLM on SST-2, SUBJ and CoLA, and a small ViT on five CIFAR-10 classes it has never seen.
 
-    python -m bench.tasks --task sst2 --seeds 0 1 2 --shared ../shared
+    python -m bench.tasks --task sst2 subj cola cifar --seeds 0 1 2 --shared ../shared
 
-Fine-tunes once per seed and keeps the weights and the reference scores under `runs/bench/tasks/`. SST-2: 8,000 training
-sentences, one epoch of AdamW at 5e-5, scored on all 872 validation sentences. CIFAR-10: 400 steps of 64 images, AdamW
-at 1e-3, scored on the first 2,000 test images. No weight decay in either, both learning rates in one cycle.
+Fine-tunes once per seed and keeps the weights and the reference scores under `runs/bench/tasks/`. Sentences: 8,000 of
+the training split, or what is left of it after 256 that are held out (SUBJ: 7,744), one epoch of AdamW at 5e-5, scored
+on the whole validation split (SST-2 872, SUBJ 2,000, CoLA 516 sentences). CIFAR-10: 400 steps of 64 images, AdamW at
+1e-3, scored on the first 2,000 test images. No weight decay in any, all learning rates in one cycle. The score is the
+accuracy; for CoLA it is the correlation of Matthews, with the accuracy beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +25,24 @@ from datasets import load_dataset
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torchmetrics.functional.classification import binary_matthews_corrcoef
 from transformers import AutoModel, AutoTokenizer
 
 import dtrain
 from dtrain.artifact.atomic import write_atomic
 from parts.images import Images
-from parts.probe import probe_accuracy
+from parts.probe import probe_answers
 from parts.vision_models import load_vit
 
 CACHE = Path("runs/bench/tasks")
-HELD_OUT = 128  # training inputs that are not trained on: methods are fitted to them
+HELD_OUT = 128  # training inputs that methods are fitted to, where nothing else is said; none is trained on
+RESERVED = 256  # sentences of the shuffled training split that no fine-tune sees; of the images it is HELD_OUT
 CIFAR_CLASSES = (1, 3, 5, 7, 9)
 CIFAR_STEPS, CIFAR_SCORED = 400, 2000
 
 Batch = tuple[Any, Tensor]  # inputs that the model takes as its only argument, and labels
 State = dict[str, Tensor]
+Metric = Callable[[Tensor, Tensor], float]  # of answers and labels
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,15 @@ class Task:
     """A base, what fine-tuning made of it, and how good a state of the model is.
 
     Args:
-        name: "sst2" or "cifar".
+        name: Key of `TASKS`.
         seed: Seed of the fresh head and of the fine-tuning.
         model: The module; its weights are whatever was loaded last.
         base: Weights before fine-tuning, with the fresh head.
         tuned: Weights after it.
         references: Scores of "base", "linear probe" and "fine-tuned" on `val`.
-        held_out: Batches of training inputs that were not trained on, 128 in all; `model(batch)` takes one.
+        held_out: Batches of unlabelled training inputs that methods are fitted to; `model(batch)` takes one.
         val: Batches of inputs and labels that scores are measured on, and nothing else.
+        metric: What makes a score of answers and labels.
     """
 
     name: str
@@ -63,16 +69,28 @@ class Task:
     references: dict[str, float]
     held_out: list[Any]
     val: list[Batch]
+    metric: Metric
 
     def score(self, state: State) -> float:
-        """Load `state`, which stays in the model, and return its accuracy on `val`."""
-        self.model.load_state_dict(state)
-        return accuracy(self.model, self.val)
+        """Load `state`, which stays in the model, and return its score on `val`."""
+        return self.scores(state)["score"]
 
-    def objective(self) -> dtrain.Objective:
-        """Load the fine-tuned weights and return the change of the last hidden state on the held-out inputs."""
+    def scores(self, state: State) -> dict[str, float]:
+        """Load `state`, which stays in the model, and return its score and its accuracy on `val`."""
+        self.model.load_state_dict(state)
+        found, labels = answers(self.model, self.val)
+        return {"score": self.metric(found, labels), "accuracy": share_right(found, labels)}
+
+    def objective(self, kind: str = "hidden", inputs: int | None = None) -> dtrain.Objective:
+        """Load the fine-tuned weights and return what methods are fitted to on the held-out inputs.
+
+        Args:
+            kind: "hidden", the change of the last hidden state, or "logits", the mean squared change of the logits.
+            inputs: How many batches of them are used, all by default.
+        """
         self.model.load_state_dict(self.tuned)
-        return dtrain.HiddenChange(self.model, self.held_out, call)
+        objective = {"hidden": dtrain.HiddenChange, "logits": dtrain.LogitChange}[kind]
+        return objective(self.model, self.held_out[:inputs], call)
 
     def calibration(self) -> dtrain.Calibration:
         """Return the held-out inputs, for methods that look at what the layers see."""
@@ -95,15 +113,19 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Sentences:
-    """Batches of the three disjoint parts of SST-2."""
+    """Batches of three disjoint parts of a data set."""
 
     train: list[Batch]
     held_out: list[Batch]  # training sentences that are not trained on
     val: list[Batch]
 
 
-def read_sentences(model: str | Path, data: str | Path, train_size: int, seed: int) -> Sentences:
-    """Tokenise `train_size` training sentences drawn with `seed`, 128 others, and the validation split."""
+def read_sentences(
+    model: str | Path, data: str | Path, train_size: int, seed: int, held_out: int = HELD_OUT, batch: int = 64
+) -> Sentences:
+    """Tokenise up to `train_size` training sentences drawn with `seed`, `held_out` others, and the validation split."""
+    if not 0 < held_out <= RESERVED:
+        raise dtrain.InputError(f"`held_out` must be in 1 to {RESERVED}, got {held_out}. All others are trained on.")
     tokenizer, splits = AutoTokenizer.from_pretrained(str(model)), load_dataset(str(data))
     text = next(name for name in ("sentence", "text") if name in splits["train"].column_names)
 
@@ -116,10 +138,10 @@ def read_sentences(model: str | Path, data: str | Path, train_size: int, seed: i
         return out
 
     shuffled = splits["train"].shuffle(seed=seed)
-    held = shuffled.select(range(HELD_OUT))
-    train = shuffled.select(range(256, 256 + train_size))
+    held = shuffled.select(range(held_out))
+    train = shuffled.select(range(RESERVED, min(RESERVED + train_size, len(shuffled))))
     val = splits["validation"].map(lambda row: {"length": len(row[text])}).sort("length")  # less padding, same score
-    return Sentences(batches(train, 32), batches(held, 64), batches(val, 64))
+    return Sentences(batches(train, 32), batches(held, batch), batches(val, 64))
 
 
 def text_model(folder: str | Path, seed: int) -> nn.Module:
@@ -141,11 +163,22 @@ def training_images(data: Images) -> Iterator[Batch]:
             yield data.augmented(data.normalise(batch))
 
 
-def plain_images(data: Images, split: str, limit: int | None = None) -> Iterator[Batch]:
+def plain_images(data: Images, split: str, limit: int | None = None, batch: int = 256) -> Iterator[Batch]:
     """Yield the first `limit` images of a split in order, without augmentation."""
     images, labels = (part[:limit] for part in data.split(split))
-    for pair in zip(images.split(256), labels.split(256), strict=True):
+    for pair in zip(images.split(batch), labels.split(batch), strict=True):
         yield data.normalise(pair)
+
+
+def unlabelled_images(data: Images, count: int, batch: int) -> list[Any]:
+    """Return `count` training images without augmentation: those that were trained on, if any, come first.
+
+    No more than `HELD_OUT` are held out of training. A fit that stops early by its last inputs looks at those.
+    """
+    held = min(count, HELD_OUT)
+    trained, untrained = data.split("train")[0][: count - held], data.split("calibration")[0][:held]
+    images = torch.cat([trained, untrained])
+    return [data.normalise((part, torch.empty(0)))[0] for part in images.split(batch)]
 
 
 def fine_tune_sentences(model: nn.Module, data: Sentences, seed: int, lr: float = 5e-5) -> None:
@@ -181,11 +214,24 @@ def fine_tune(
 
 
 @torch.no_grad()
+def answers(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Return the model's answers and the labels; the model is left in evaluation mode."""
+    model.eval()
+    pairs = [(model(inputs).argmax(-1), labels) for inputs, labels in batches]
+    return torch.cat([found for found, _ in pairs]), torch.cat([labels for _, labels in pairs])
+
+
+def share_right(found: Tensor, labels: Tensor) -> float:
+    return float((found == labels).double().mean())
+
+
+def matthews(found: Tensor, labels: Tensor) -> float:
+    return float(binary_matthews_corrcoef(found, labels))
+
+
 def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
     """Return the share of right answers; the model is left in evaluation mode."""
-    model.eval()
-    right = [model(inputs).argmax(-1) == labels for inputs, labels in batches]
-    return float(torch.cat(right).double().mean())
+    return share_right(*answers(model, batches))
 
 
 def call(module: nn.Module, inputs: Any) -> Tensor:
@@ -202,17 +248,35 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, [(json.dumps(value, indent=1) + "\n").encode()])
 
 
-def sst2(shared: Path, seed: int) -> Task:
-    """Return MiniLM fine-tuned on SST-2, from the cache where it is there."""
+def sentences(name: str, shared: Path, seed: int, held_out: int, batch: int, metric: Metric) -> Task:
+    """Return MiniLM fine-tuned on a data set of single sentences, from the cache where it is there."""
     folder = shared / "models/all-MiniLM-L6-v2"
-    data, model = read_sentences(folder, shared / "data/sst2", 8000, seed), text_model(folder, seed)
-    held_out = [inputs for inputs, _ in data.held_out]
-    return cached(
-        "sst2", seed, model, lambda: fine_tune_sentences(model, data, seed), lambda: data.train, held_out, data.val
-    )
+    data = read_sentences(folder, shared / "data" / name, 8000, seed, held_out, batch)
+    model = text_model(folder, seed)
+    inputs = [inputs for inputs, _ in data.held_out]
+
+    def tune() -> None:
+        fine_tune_sentences(model, data, seed)
+
+    return cached(name, seed, model, tune, lambda: data.train, inputs, data.val, metric)
 
 
-def cifar(shared: Path, seed: int) -> Task:
+def sst2(shared: Path, seed: int, held_out: int = HELD_OUT, batch: int = 64) -> Task:
+    """Return MiniLM fine-tuned on the sentiment of film reviews."""
+    return sentences("sst2", shared, seed, held_out, batch, share_right)
+
+
+def subj(shared: Path, seed: int, held_out: int = HELD_OUT, batch: int = 64) -> Task:
+    """Return MiniLM fine-tuned to tell opinions of a film from its plot."""
+    return sentences("subj", shared, seed, held_out, batch, share_right)
+
+
+def cola(shared: Path, seed: int, held_out: int = HELD_OUT, batch: int = 64) -> Task:
+    """Return MiniLM fine-tuned on the acceptability of sentences."""
+    return sentences("cola", shared, seed, held_out, batch, matthews)
+
+
+def cifar(shared: Path, seed: int, held_out: int = HELD_OUT, batch: int = 256) -> Task:
     """Return the small ViT fine-tuned on five CIFAR-10 classes, from the cache where it is there."""
     data = Images(str(shared / "data/cifar10"), classes=CIFAR_CLASSES, calibration=HELD_OUT, seed=seed)
     model = vision_model(shared / "models/vit-cifar", seed)
@@ -221,12 +285,13 @@ def cifar(shared: Path, seed: int) -> Task:
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0)
         fine_tune_images(model, optimizer, data, CIFAR_STEPS, seed)
 
-    held_out = [images for images, _ in plain_images(data, "calibration")]
+    images = unlabelled_images(data, held_out, batch)
     val = list(plain_images(data, "val", CIFAR_SCORED))
-    return cached("cifar", seed, model, tune, lambda: plain_images(data, "train"), held_out, val)
+    return cached("cifar", seed, model, tune, lambda: plain_images(data, "train"), images, val, share_right)
 
 
-TASKS: dict[str, Callable[[Path, int], Task]] = {"sst2": sst2, "cifar": cifar}
+#: Tasks by name: of the folder of data and models, the seed, how many unlabelled inputs and of what batch.
+TASKS: dict[str, Callable[..., Task]] = {"sst2": sst2, "subj": subj, "cola": cola, "cifar": cifar}
 
 
 def cached(
@@ -237,6 +302,7 @@ def cached(
     train: Callable[[], Iterable[Batch]],
     held_out: list[Any],
     val: list[Batch],
+    metric: Metric,
 ) -> Task:
     """Return the task, fine-tuning with `tune` and measuring the references where the cache does not have them."""
     base, weights = snapshot(model), CACHE / f"{name}_{seed}.safetensors"
@@ -246,22 +312,26 @@ def cached(
         write_atomic(weights, [save(snapshot(model))])
     tuned, references = load_file(weights), weights.with_suffix(".json")
     if not references.exists():
-        found = {}
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}
         for label, state in (("fine-tuned", tuned), ("base", base)):
             model.load_state_dict(state)
-            found[label] = accuracy(model, val)
-        write_json(references, {**found, "linear probe": probe_accuracy(model, train(), val)})
-    return Task(name, seed, model, base, tuned, json.loads(references.read_text()), held_out, val)
+            pairs[label] = answers(model, val)
+        pairs["linear probe"] = probe_answers(model, train(), val)
+        found = {label: metric(*pair) for label, pair in pairs.items()}
+        if metric is not share_right:
+            found |= {f"{label}, accuracy": share_right(*pair) for label, pair in pairs.items()}
+        write_json(references, found)
+    return Task(name, seed, model, base, tuned, json.loads(references.read_text()), held_out, val, metric)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--task", choices=TASKS, nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/ and models/")
     arguments = parser.parse_args()
-    for seed in arguments.seeds:
-        task = TASKS[arguments.task](arguments.shared, seed)
+    for name, seed in product(arguments.task, arguments.seeds):
+        task = TASKS[name](arguments.shared, seed)
         sys.stderr.write(f"{task.name} {seed}: {task.references}\n")
 
 

@@ -25,9 +25,15 @@ def features(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
     return torch.cat(seen), torch.cat(labels)
 
 
-def probe_accuracy(base: nn.Module, train: Batches, val: Batches) -> float:
-    """Return the validation accuracy of a logistic regression on the base's features of the training images."""
+def probe_answers(base: nn.Module, train: Batches, val: Batches) -> tuple[Tensor, Tensor]:
+    """Return what a logistic regression on the base's features answers to the validation inputs, and their labels."""
     (x, y), (x_val, y_val) = features(base, train), features(base, val)
     mean, std = x.mean(0), x.std(0) + 1e-6
     probe = LogisticRegression(max_iter=500).fit(((x - mean) / std).numpy(), y.numpy())
-    return float(probe.score(((x_val - mean) / std).numpy(), y_val.numpy()))
+    return torch.from_numpy(probe.predict(((x_val - mean) / std).numpy())), y_val
+
+
+def probe_accuracy(base: nn.Module, train: Batches, val: Batches) -> float:
+    """Return the validation accuracy of a logistic regression on the base's features of the training images."""
+    answers, labels = probe_answers(base, train, val)
+    return float((answers == labels).double().mean())
