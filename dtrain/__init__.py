@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
     from dtrain.optim import AdamR
     from dtrain.rules import Rules
+    from dtrain.shared import shared_base
     from dtrain.weights import Weights, read_weights
 
 __version__ = "0.1.0"
@@ -86,6 +87,7 @@ _HOME = {
     ),
     "optim": ("AdamR",),
     "rules": ("Rules",),
+    "shared": ("shared_base",),
     "weights": ("Weights", "read_weights"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -132,6 +134,7 @@ __all__ = [
     "lora_product",
     "read_weights",
     "save_adapter",
+    "shared_base",
 ]
 
 

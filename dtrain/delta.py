@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dtrain.artifact import Content, Role, pack_file, read_file, write_file
+from dtrain.artifact import Content, Role, find_shared, pack_file, read_file, resolve, write_file
 from dtrain.report import Report, summarise
 from dtrain.runtime import apply_in_place, check_base, find_tensors, merged, remove_in_place, zero_base
 from dtrain.weights import Source, Weights, read_weights
@@ -24,13 +24,20 @@ class Delta:
         delta.remove_(model)      # and now the base's again, bit for bit
 
     Args:
-        content: Records, fingerprint and metadata.
+        content: Records, fingerprint and metadata, as they stand in the file.
         origin: The file they came from, for messages.
+        shared: What the family's shared file holds, where `content` refers to one.
+
+    Raises:
+        ArtifactError: If `shared` is not what `content` refers to.
     """
 
-    def __init__(self, content: Content, origin: str | Path = "delta") -> None:
+    def __init__(self, content: Content, origin: str | Path = "delta", shared: Content | None = None) -> None:
         self.content = content
         self.origin = origin
+        self.shared = shared if content.shared else None
+        #: What is applied: `content` with the shared payloads in the place of references to them.
+        self.resolved = resolve(content, shared, origin)
 
     def __repr__(self) -> str:
         report = self.report()
@@ -42,7 +49,7 @@ class Delta:
         return str(self.content.metadata.get("method", {}).get("name", "unknown"))
 
     def save(self, path: str | Path) -> int:
-        """Write one self-contained safetensors-readable file, atomically.
+        """Write one safetensors-readable file, atomically; a shared file is not part of it.
 
         Returns:
             Bytes on disk.
@@ -57,8 +64,12 @@ class Delta:
         return sum(map(len, pack_file(self.content)))
 
     def report(self) -> Report:
-        """Return sizes by kind of tensor, bits per parameter and the file ratio; `print` shows it as a table."""
-        return summarise(self.content, self.file_bytes())
+        """Return sizes by kind of tensor, bits per parameter and the file ratio; `print` shows it as a table.
+
+        They are those of its own file; a shared file, which is there once for a family, is named beside them.
+        """
+        shared_bytes = sum(map(len, pack_file(self.shared))) if self.shared else 0
+        return summarise(self.content, self.file_bytes(), shared_bytes)
 
     def verify(self, base: Source | None) -> None:
         """Check that `base` is the base; None stands for one that is zero everywhere.
@@ -66,7 +77,7 @@ class Delta:
         Raises:
             BaseMismatchError: If it differs in a name, a shape, a dtype or one bit.
         """
-        check_base(self.content, self._read_base(base), self.origin)
+        check_base(self.resolved, self._read_base(base), self.origin)
 
     def apply_(self, model: nn.Module) -> None:
         """Add the delta to the weights of `model`, in place: all of it, or nothing.
@@ -78,7 +89,7 @@ class Delta:
             AppliedStateError: If the model carries a delta already.
             BaseMismatchError: If its weights are not the base.
         """
-        apply_in_place(self.content, model, self.origin)
+        apply_in_place(self.resolved, model, self.origin)
 
     def remove_(self, model: nn.Module) -> None:
         """Restore the weights that `apply_` found in `model`, bit for bit.
@@ -86,7 +97,7 @@ class Delta:
         Raises:
             AppliedStateError: If this delta is not applied to it, or the weights it touched changed since.
         """
-        remove_in_place(self.content, model)
+        remove_in_place(self.resolved, model)
 
     def state_dict(self, base_state: Source | None) -> dict[str, Tensor]:
         """Return the fine-tuned model's weights: new tensors; `base_state` stays as it is.
@@ -98,9 +109,9 @@ class Delta:
             BaseMismatchError: If it is not the base.
         """
         weights = self._read_base(base_state)
-        check_base(self.content, weights, self.origin)
-        tensors = find_tensors(self.content, weights)
-        kept = [record for record in self.content.records if record.role is not Role.BASE_ONLY]
+        check_base(self.resolved, weights, self.origin)
+        tensors = find_tensors(self.resolved, weights)
+        kept = [record for record in self.resolved.records if record.role is not Role.BASE_ONLY]
         state = {record.name: merged(record, tensors.get(record.name), self.origin) for record in kept}
         state.update(
             {alias: state[name] for alias, name in weights.aliases.items() if name in state and alias not in state}
@@ -111,13 +122,21 @@ class Delta:
         return zero_base(self.content, self.origin) if base is None else read_weights(base)
 
 
-def load(path: str | Path) -> Delta:
+def load(path: str | Path, shared: str | Path | Delta | None = None) -> Delta:
     """Read a delta file and check every byte of it.
 
     Args:
         path: A file written by `Delta.save`.
+        shared: The family's shared file (see `dtrain.shared_base`), which is looked at only where `path` refers to one.
+            Without it, the `.safetensors` file of the same folder that ends with the right SHA-256.
 
     Raises:
-        ArtifactError: If it is missing, damaged, malformed, or of a newer format.
+        ArtifactError: If a file is missing, damaged, malformed, or of a newer format, or if the shared file is not the
+            one referred to.
     """
-    return Delta(read_file(path), path)
+    content = read_file(path)
+    if not content.shared:
+        return Delta(content, path)
+    if isinstance(shared, Delta):
+        return Delta(content, path, shared.content)
+    return Delta(content, path, read_file(shared or find_shared(content, path)))

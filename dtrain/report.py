@@ -48,6 +48,8 @@ class Report:
         rows: Bytes by kind of tensor.
         whole: Names of tensors the base does not have.
         base_only: Names of tensors that only the base has.
+        shared: SHA-256 of the family's shared file, without which this one is of no use; empty where there is none.
+        shared_bytes: Bytes of that file. They are no part of `file_bytes`: a family stores them once.
     """
 
     method: dict[str, Any]
@@ -59,6 +61,8 @@ class Report:
     rows: tuple[Row, ...]
     whole: tuple[str, ...]
     base_only: tuple[str, ...]
+    shared: str = ""
+    shared_bytes: int = 0
 
     @property
     def ratio(self) -> float:
@@ -73,6 +77,13 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable values."""
         return {**asdict(self), "ratio": self.ratio, "bits_per_parameter": self.bits_per_parameter}
+
+    def notes(self) -> list[str]:
+        """Return what the table does not show: a shared file, tensors stored whole or left out."""
+        shared = f"needs the shared file of {self.shared_bytes:,} bytes, SHA-256 {self.shared}, not counted here"
+        lines = [shared] if self.shared else []
+        lines += [f"stored whole: {', '.join(self.whole)}"] if self.whole else []
+        return lines + ([f"in the base only, left out: {', '.join(self.base_only)}"] if self.base_only else [])
 
     def table(self) -> Table:
         """Return a rich table."""
@@ -98,15 +109,13 @@ class Report:
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=110)
         console.print(self.table())
-        if self.whole:
-            console.print(f"stored whole: {', '.join(self.whole)}", highlight=False)
-        if self.base_only:
-            console.print(f"in the base only, left out: {', '.join(self.base_only)}", highlight=False)
+        for line in self.notes():
+            console.print(line, highlight=False)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
-def summarise(content: Content, file_bytes: int) -> Report:
-    """Return the report of a delta that takes `file_bytes`."""
+def summarise(content: Content, file_bytes: int, shared_bytes: int = 0) -> Report:
+    """Return the report of a delta that takes `file_bytes`, beside a shared file of `shared_bytes`."""
     tuned = [record for record in content.records if record.role is not Role.BASE_ONLY]
     rows = {kind: [record for record in tuned if _kind(record) == kind] for kind in _KINDS}
     nominal = content.metadata.get("nominal_bits")
@@ -120,6 +129,8 @@ def summarise(content: Content, file_bytes: int) -> Report:
         rows=tuple(_row(kind, records) for kind, records in rows.items() if records),
         whole=tuple(record.name for record in tuned if record.role is Role.WHOLE),
         base_only=tuple(record.name for record in content.records if record.role is Role.BASE_ONLY),
+        shared=content.shared.hex(),
+        shared_bytes=shared_bytes,
     )
 
 

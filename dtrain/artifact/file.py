@@ -32,7 +32,7 @@ def write_file(path: str | Path, content: Content) -> int:
 
 def pack_file(content: Content) -> list[bytes | memoryview]:
     """Return the bytes of a delta file, in chunks. The same content always gives the same bytes."""
-    manifest = pack_manifest(content.records, content.fingerprint)
+    manifest = pack_manifest(content.records, content.fingerprint, content.shared)
     payloads = [as_buffer(item.data) for record in content.records for item in record.payloads]
     header = _header(content.metadata, len(manifest), sum(map(len, payloads)))
     chunks: list[bytes | memoryview] = [header, manifest, *payloads]
@@ -40,6 +40,11 @@ def pack_file(content: Content) -> list[bytes | memoryview]:
     for chunk in chunks:
         sha.update(chunk)
     return [*chunks, sha.digest()]
+
+
+def file_digest(content: Content) -> bytes:
+    """Return the SHA-256 that ends the file of `content`: what another file calls it by."""
+    return bytes(pack_file(content)[-1])
 
 
 def read_file(path: str | Path) -> Content:
@@ -84,11 +89,13 @@ def unpack_file(raw: bytearray, path: object = "delta") -> Content:
         else torch.empty(0, dtype=torch.uint8)
     )
     try:
-        records, fingerprint = unpack_manifest(manifest, payload)
+        records, fingerprint, shared = unpack_manifest(manifest, payload)
+        return Content(records, fingerprint, metadata, shared)
     except ValueError as error:
         tensor, _, detail = str(error).rpartition("\0")
-        raise ArtifactError(path, "manifest", f"{detail}. Copy or download the file again.", tensor or None) from error
-    return Content(records, fingerprint, metadata)
+        raise ArtifactError(
+            path, "manifest", f"{detail.rstrip('.')}. Copy or download the file again.", tensor or None
+        ) from error
 
 
 def _header(metadata: dict[str, Any], manifest: int, payload: int) -> bytes:

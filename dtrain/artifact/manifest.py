@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dtrain.artifact.names import MAX_ALL_NAMES, NameCode, restore, shorten
-from dtrain.artifact.records import DIGEST_BYTES, Record, Role
-from dtrain.stages import STAGES, Bits, Packed, Payload, Pipeline
+from dtrain.artifact.records import DIGEST_BYTES, DIGEST_FILE, MAX_PAYLOADS, Record, Role
+from dtrain.stages import SHARED, STAGES, All, Bits, Packed, Payload, Pipeline, Plain, Shared
 from dtrain.stages.bits import as_buffer
 from dtrain.stages.cursor import Cursor, varint
 
@@ -26,16 +26,16 @@ DTYPES: tuple[torch.dtype, ...] = (
 )  # fmt: skip
 
 _MAX_RANK = 64
-_PAYLOADS = {Role.ADD: (0, 255), Role.XOR: (1, 1), Role.WHOLE: (1, 1)}
+_PAYLOADS = {Role.ADD: (0, MAX_PAYLOADS), Role.XOR: (1, 1), Role.WHOLE: (1, 1)}
 
 Kind = tuple[Role, torch.dtype, tuple[int, ...], tuple[Pipeline, ...]]
 
 
-def pack_manifest(records: tuple[Record, ...], fingerprint: bytes) -> bytes:
+def pack_manifest(records: tuple[Record, ...], fingerprint: bytes, shared: bytes = b"") -> bytes:
     """Return the manifest of `records`, which must be sorted by the UTF-8 bytes of their names."""
     pipelines = list(dict.fromkeys(item.pipeline for record in records for item in record.payloads))
     kinds = list(dict.fromkeys(_kind(record) for record in records))
-    out = [fingerprint, varint(len(pipelines)), *map(_pack_pipeline, pipelines), varint(len(kinds))]
+    out = [fingerprint, varint(len(pipelines)), *map(_pack_pipeline, pipelines), shared, varint(len(kinds))]
     for role, dtype, shape, used in kinds:
         out += [bytes([role, DTYPES.index(dtype)]), varint(len(shape)), *map(varint, shape)]
         out += [varint(len(used)), *(varint(pipelines.index(pipeline)) for pipeline in used)]
@@ -45,12 +45,14 @@ def pack_manifest(records: tuple[Record, ...], fingerprint: bytes) -> bytes:
         out += [varint(code.back), varint(code.prefix), varint(code.suffix), varint(len(code.middle)), code.middle]
         out += [varint(kind_index[_kind(record)]), record.digest]
         for item in record.payloads:
-            out += [struct.pack("<fI", item.scale, checksum(item.data)), varint(item.data.numel())]
+            out.append(struct.pack("<f", item.scale))
+            if item.pipeline != SHARED:
+                out += [struct.pack("<I", checksum(item.data)), varint(item.data.numel())]
     return b"".join(out)
 
 
-def unpack_manifest(manifest: bytes, payload: Tensor) -> tuple[tuple[Record, ...], bytes]:
-    """Return (records, fingerprint); the records' data are views of `payload`.
+def unpack_manifest(manifest: bytes, payload: Tensor) -> tuple[tuple[Record, ...], bytes, bytes]:
+    """Return (records, fingerprint, digest of the shared file or nothing); the records' data are views of `payload`.
 
     Raises:
         ValueError: If anything in it is out of range, out of order, or inconsistent with `payload`. The message may
@@ -59,6 +61,7 @@ def unpack_manifest(manifest: bytes, payload: Tensor) -> tuple[tuple[Record, ...
     cursor = Cursor(manifest, "manifest")
     fingerprint = cursor.take(32)
     pipelines = cursor.sequence(lambda: _read_pipeline(cursor))
+    shared = cursor.take(DIGEST_FILE) if SHARED in pipelines else b""
     kinds = cursor.sequence(lambda: _read_kind(cursor, pipelines))
     names: list[bytes] = []
     offset = name_bytes = 0
@@ -77,10 +80,13 @@ def unpack_manifest(manifest: bytes, payload: Tensor) -> tuple[tuple[Record, ...
         digest = b"" if role is Role.WHOLE else cursor.take(DIGEST_BYTES)
         items: list[Payload] = []
         for pipeline in used:
-            scale, crc = cast("tuple[float, int]", cursor.unpack("<fI"))
-            size = cursor.varint()
+            (scale,) = cast("tuple[float]", cursor.unpack("<f"))
             if not math.isfinite(scale):
                 raise ValueError(f"{name.decode()}\0the scale is {scale}")
+            if pipeline == SHARED:
+                items.append(Payload(pipeline, payload[:0], scale))
+                continue
+            (crc,), size = cast("tuple[int]", cursor.unpack("<I")), cursor.varint()
             if size > payload.numel() - offset:
                 raise ValueError(f"{name.decode()}\0the payload ends after {payload.numel() - offset} of {size} bytes")
             data = payload[offset : offset + size]
@@ -93,12 +99,18 @@ def unpack_manifest(manifest: bytes, payload: Tensor) -> tuple[tuple[Record, ...
     records = cursor.sequence(read_record)
     if cursor.left or offset != payload.numel():
         raise ValueError(f"{cursor.left} bytes of manifest and {payload.numel() - offset} of payload are left over")
-    return tuple(records), fingerprint
+    return tuple(records), fingerprint, shared
 
 
 def checksum(data: Tensor) -> int:
     """Return the CRC-32 of a payload."""
     return zlib.crc32(as_buffer(data))
+
+
+def _fixed(pipeline: Pipeline) -> bool:
+    """Return whether every value takes as many bits: else nothing would bound what a few bytes expand to."""
+    plain = isinstance(pipeline.select, All) and type(pipeline.transform) is Plain
+    return plain and isinstance(pipeline.code, Packed) and not isinstance(pipeline.quantise, Shared)
 
 
 def _kind(record: Record) -> Kind:
@@ -134,15 +146,16 @@ def _read_kind(cursor: Cursor, pipelines: list[Pipeline]) -> Kind:
     least, most = _PAYLOADS.get(role, (0, 0))
     if not least <= len(used) <= most:
         raise ValueError(f"a tensor of role {role.name} has {len(used)} payloads")
-    if role is Role.ADD and not (dtype.is_floating_point and dtype.itemsize > 1):
-        raise ValueError(f"a change cannot be added to values of {dtype}")
     bitwise = [isinstance(pipeline.quantise, Bits) for pipeline in used]
-    if bitwise and not all(bit == (role is not Role.ADD) for bit in bitwise):
+    added = role is Role.ADD or (role is Role.WHOLE and not any(bitwise))
+    if added and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(f"a change cannot be added to values of {dtype}")
+    if (role is Role.ADD and any(bitwise)) or (role is Role.XOR and not all(bitwise)):
         raise ValueError(f"a tensor of role {role.name} has payloads of the wrong sort")
     for pipeline in used:
         if isinstance(pipeline.quantise, Bits) and pipeline.quantise.width != dtype.itemsize:
             raise ValueError(f"values of {pipeline.quantise.width} bytes cannot be {dtype}")
-        if role is Role.WHOLE and not isinstance(pipeline.code, Packed):  # nothing bounds what a coder could expand to
-            raise ValueError("a whole tensor must be stored byte for byte")
+        if role is Role.WHOLE and not _fixed(pipeline):
+            raise ValueError("a tensor that is stored whole must hold every value in a fixed number of bits")
         pipeline.transform.grid(shape)  # refuses a rank that the shape does not have
     return role, dtype, shape, used

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
-from dtrain.stages import Payload
+from dtrain.errors import InputError
+from dtrain.stages import SHARED, Payload
 
+DIGEST_FILE = 32  # bytes of the SHA-256 that ends a file
+MAX_PAYLOADS = 255  # of a tensor
 DIGEST_BYTES = 8  # of a tensor's SHA-256: names the tensor that differs; the fingerprint has all 32
 
 
@@ -58,8 +61,23 @@ class Content:
         records: One per tensor, ascending by the UTF-8 bytes of the name.
         fingerprint: SHA-256 over the base's tensors that the records refer to.
         metadata: JSON-serialisable provenance: method, rules, training. No times, paths or hosts.
+        shared: The SHA-256 that ends the shared file, where a payload refers to it (`stages.SHARED`); else none.
+
+    Raises:
+        InputError: If `shared` is given without such a payload or missing with one, or if one is not the first.
     """
 
     records: tuple[Record, ...]
     fingerprint: bytes
     metadata: dict[str, Any] = field(default_factory=dict[str, Any])
+    shared: bytes = b""
+
+    def __post_init__(self) -> None:
+        uses = [[item.pipeline == SHARED for item in record.payloads] for record in self.records]
+        if any(any(used[1:]) for used in uses):
+            raise InputError("a reference to the shared file stands behind another payload. Put it first.")
+        if len(self.shared) != (DIGEST_FILE if any(map(any, uses)) else 0):
+            raise InputError(
+                f"{sum(map(any, uses))} tensors refer to a shared file, but its SHA-256 has {len(self.shared)} bytes. "
+                f"Give all {DIGEST_FILE} where a tensor refers to it, else none."
+            )

@@ -42,12 +42,7 @@ class Outcome:
 
 def report_lines(report: Report) -> list[RenderableType]:
     """Return the report of a delta, as `print(delta.report())` shows it."""
-    lines: list[RenderableType] = [report.table()]
-    if report.whole:
-        lines.append(f"stored whole: {', '.join(report.whole)}")
-    if report.base_only:
-        lines.append(f"in the base only, left out: {', '.join(report.base_only)}")
-    return lines
+    return [report.table(), *report.notes()]
 
 
 def describe(metadata: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from dtrain.stages.quantise import (
     DeadZone,
     Float16,
     Levels,
+    Shared,
     Sign,
     Uniform,
     blocks,
@@ -24,9 +25,12 @@ from dtrain.stages.transform import BlockDct, LowRank, Plain, Transposed, balanc
 
 #: The whole delta in half precision: the default for vectors, where a mask would save next to nothing.
 HALF = Pipeline(All(), Float16(), Packed())
+#: In the place of a payload: those that the shared file has for the tensor, times the scale. It has no data.
+SHARED = Pipeline(All(), Shared(), Packed())
 
 __all__ = [
     "HALF",
+    "SHARED",
     "STAGES",
     "UNITS",
     "Affine",
@@ -49,6 +53,7 @@ __all__ = [
     "Pipeline",
     "Plain",
     "Rans",
+    "Shared",
     "Sign",
     "Stratified",
     "Transposed",

@@ -16,13 +16,13 @@ from dtrain.stages.code import Code, Packed, Parts, Rans, Zstd
 from dtrain.stages.cursor import Cursor
 from dtrain.stages.index import Indexed
 from dtrain.stages.mixed import Mixed
-from dtrain.stages.quantise import Affine, BFloat16, Bits, DeadZone, Float16, Levels, Sign, Uniform, blocks
+from dtrain.stages.quantise import Affine, BFloat16, Bits, DeadZone, Float16, Levels, Shared, Sign, Uniform, blocks
 from dtrain.stages.select import All, Bernoulli, Stratified
 from dtrain.stages.structure import Groups, Units
 from dtrain.stages.transform import BlockDct, Grid, LowRank, Plain, Transform, Transposed
 
 Select = All | Bernoulli | Stratified | Groups | Units | Indexed
-Quantise = Float16 | BFloat16 | Sign | Uniform | Affine | DeadZone | Mixed | Bits
+Quantise = Float16 | BFloat16 | Sign | Uniform | Affine | DeadZone | Mixed | Bits | Shared
 
 #: Every stage a file may name, in the order of the pipeline. The number in the file is the stage's `tag`.
 STAGES: tuple[
@@ -30,7 +30,7 @@ STAGES: tuple[
 ] = (
     (Plain, BlockDct, LowRank, Transposed),
     (All, Bernoulli, Stratified, Groups, Units, Indexed),
-    (Float16, BFloat16, Sign, Uniform, Bits, DeadZone, Affine, Mixed),
+    (Float16, BFloat16, Sign, Uniform, Bits, DeadZone, Affine, Mixed, Shared),
     (Packed, Zstd, Rans, Parts),
 )
 _MAX_CODED_BITS = 12  # of a symbol for an entropy coder
@@ -53,6 +53,8 @@ class Pipeline:
         plain = isinstance(self.select, All) and type(self.transform) is Plain
         if isinstance(self.quantise, Bits) and not plain:
             raise InputError("Bits stores every bit of a tensor: it takes no transform and no selection.")
+        if isinstance(self.quantise, Shared) and not (plain and isinstance(self.code, Packed)):
+            raise InputError("Shared has no values of its own: it takes no transform, no selection and no coder.")
         if isinstance(self.quantise, Mixed):
             patch = self.transform.patch if isinstance(self.transform, BlockDct) else 0
             if self.quantise.group != patch**2 or not isinstance(self.select, All):
@@ -86,6 +88,8 @@ class Payload:
         if not math.isfinite(scale):
             raise InputError(f"a scale of {self.scale:g} does not fit float32. Use a larger keep or q.")
         object.__setattr__(self, "scale", scale)
+        if isinstance(self.pipeline.quantise, Shared) and self.data.numel():
+            raise InputError("a payload that refers to the shared file has no data of its own. Give an empty tensor.")
 
 
 class Decoded(NamedTuple):
@@ -122,6 +126,8 @@ def encode(
         coefficients: The transformed values, where the caller has them already.
         levels: For `Affine`: what to round to, where that is not between the least and the greatest value.
     """
+    if isinstance(pipeline.quantise, Shared):
+        raise InputError("Shared encodes no values: it refers to another file. Make its Payload without data.")
     if isinstance(pipeline.quantise, Bits):
         coded = pipeline.quantise.encode(values.reshape(-1), blocks(0, 0, None))
         return Payload(pipeline, pipeline.code.encode(coded.symbols.cpu(), 8), coded.scale)
@@ -167,6 +173,8 @@ def decode(payload: Payload, name: str, shape: Sequence[int], device: torch.devi
     transform, select, quantise, code = _stages(payload.pipeline)
     grid = transform.grid(shape)
     _check_size(payload, grid, shape)
+    if isinstance(quantise, Shared):
+        raise ValueError("the payload refers to a shared file, which was not put in its place")
     cursor = Cursor(as_buffer(payload.data))
     if isinstance(select, Indexed):
         positions = select.read(cursor, math.prod(grid))
@@ -207,6 +215,8 @@ def kept_values(payload: Payload, shape: Sequence[int]) -> int:
     """
     transform, select, quantise, code = _stages(payload.pipeline)
     grid = transform.grid(shape)
+    if isinstance(quantise, Shared):
+        return 0
     if isinstance(select, All) or isinstance(quantise, Mixed):
         return min(math.prod(grid), math.prod(shape)) if isinstance(transform, BlockDct) else math.prod(grid)
     if isinstance(select, Indexed):

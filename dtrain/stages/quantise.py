@@ -317,6 +317,24 @@ class Bits:
         return 0
 
 
+@dataclass(frozen=True)
+class Shared:
+    """No values of its own: those of the payloads that a family's shared file has for the tensor of this name.
+
+    A file holds the scale only, by which the shared values are multiplied.
+    """
+
+    tag: ClassVar[int] = 8
+    layout: ClassVar[str] = ""
+    group: ClassVar[int] = 0
+    bits: ClassVar[int] = 0
+    symbols_per_value: ClassVar[int] = 0
+
+    def side_bytes(self, count: int) -> int:
+        """Return the bytes of side information of `count` blocks."""
+        return 0
+
+
 VALUES: dict[str, Float16 | BFloat16 | Sign | Uniform] = {
     "float16": Float16(),
     "bfloat16": BFloat16(),

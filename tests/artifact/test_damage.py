@@ -120,7 +120,7 @@ def test_bad_headers_are_refused(raw):
 PIPELINES = {
     "unknown transform": {"transform": b"\x04"},
     "unknown select": {"select": b"\x09"},
-    "unknown quantise": {"quantise": b"\x08"},
+    "unknown quantise": {"quantise": b"\x09"},
     "unknown code": {"code": b"\x04"},
     "patch of 1": {"transform": craft.dct(1)},
     "patch of 129": {"transform": craft.dct(129)},
