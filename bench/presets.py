@@ -5,7 +5,8 @@
 
 One JSON cell per (seed, budget, method); it picks up where it stopped, and measures a cell anew once its method's
 settings have changed. A budget is a target in bits per compressed weight. Methods are fitted to 128 training inputs
-that were not trained on; the validation split is only scored. Times are processor seconds of `dtrain.compress` on one
+that were not trained on; the validation split is only scored. All matrices are compressed, the embeddings too, norms
+and biases are kept in half precision and the head as it is. Times are processor seconds of `dtrain.compress` on one
 thread, as a ratio to plain `Dare` at the same budget, which is timed again beside every cell.
 """
 
@@ -45,6 +46,8 @@ HEADER = (
     "over probe",
     "time / Dare's",
 )
+
+RULES = dtrain.Rules(embeddings=(), vectors="float16", fresh="exact")  # the matrices alone are compared
 
 Cell = dict[str, Any]
 
@@ -103,7 +106,7 @@ def compress(task: Task, method: dtrain.Method) -> dtrain.Delta:
     """Compress the task's fine-tune with what the method needs."""
     objective = task.objective() if method.needs == "objective" else None
     calibration = task.calibration() if method.needs_calibration else None
-    return dtrain.compress(task.base, task.tuned, method, objective=objective, calibration=calibration)
+    return dtrain.compress(task.base, task.tuned, method, objective=objective, calibration=calibration, rules=RULES)
 
 
 def timed(task: Task, method: dtrain.Method) -> tuple[dtrain.Delta, float]:
@@ -141,9 +144,8 @@ def measure(task: Task, budget: float, method: dtrain.Method) -> Cell:
 
 def compressed_weights(content: Content) -> list[Record]:
     """Return the records that the method compressed."""
-    rules = dtrain.Rules()
     added = [record for record in content.records if record.role is Role.ADD]
-    return [record for record in added if rules.role(record.name, record.shape, record.dtype) == "method"]
+    return [record for record in added if RULES.role(record.name, record.shape, record.dtype) == "method"]
 
 
 def settings(method: dtrain.Method) -> dict[str, Any]:

@@ -81,16 +81,17 @@ class Task:
         found, labels = answers(self.model, self.val)
         return {"score": self.metric(found, labels), "accuracy": share_right(found, labels)}
 
-    def objective(self, kind: str = "hidden", inputs: int | None = None) -> dtrain.Objective:
+    def objective(self, kind: str = "hidden", batches: int | None = None) -> dtrain.Objective:
         """Load the fine-tuned weights and return what methods are fitted to on the held-out inputs.
 
         Args:
             kind: "hidden", the change of the last hidden state, or "logits", the mean squared change of the logits.
-            inputs: How many batches of them are used, all by default.
+            batches: How many batches are used, from the last; None for all.
         """
         self.model.load_state_dict(self.tuned)
-        objective = {"hidden": dtrain.HiddenChange, "logits": dtrain.LogitChange}[kind]
-        return objective(self.model, self.held_out[:inputs], call)
+        inputs = self.held_out if batches is None else self.held_out[-batches:]
+        change = dtrain.HiddenChange if kind == "hidden" else dtrain.LogitChange
+        return change(self.model, inputs, call)
 
     def calibration(self) -> dtrain.Calibration:
         """Return the held-out inputs, for methods that look at what the layers see."""
