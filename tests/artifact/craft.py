@@ -72,6 +72,9 @@ def mixed(group, fill=1):
     return b"\7" + struct.pack("<IB", group, fill)
 
 
+SHARED_PIPELINE = pipeline(quantise=b"\x08")
+
+
 def parts(high):
     return b"\3" + bytes([high])
 
@@ -80,14 +83,20 @@ def kind(role=0, dtype=0, shape=(2,), pipelines=(0,)):
     return bytes([role, dtype]) + listing([varint(n) for n in shape]) + listing([varint(p) for p in pipelines])
 
 
-def record(name=b"w", data=(b"\0\0\0\0",), *, kind=0, scale=1.0, code=None, digest=bytes(8)):
+def record(name=b"w", data=(b"\0\0\0\0",), *, kind=0, scale=1.0, code=None, digest=bytes(4)):
     back, prefix, suffix = code or (0, 0, 0)
     head = varint(back) + varint(prefix) + varint(suffix) + varint(len(name)) + name + varint(kind) + digest
-    return head + b"".join(struct.pack("<fI", scale, zlib.crc32(item)) + varint(len(item)) for item in data)
+    return head + b"".join(map(_payload, [scale] * len(data), data))
 
 
-def manifest(pipelines=(F16,), kinds=None, records=None):
-    return bytes(32) + listing(pipelines) + listing(kinds or [kind()]) + listing(records or [record()])
+def _payload(scale, data):
+    """What a record says of a payload; of None, a reference to the shared file."""
+    head = struct.pack("<f", scale)
+    return head if data is None else head + struct.pack("<I", zlib.crc32(data)) + varint(len(data))
+
+
+def manifest(pipelines=(F16,), kinds=None, records=None, shared=b""):
+    return bytes(32) + listing(pipelines) + shared + listing(kinds or [kind()]) + listing(records or [record()])
 
 
 def seal(body):

@@ -24,12 +24,13 @@ EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "float
 STAGES = (  # the parameters of every transform, select, quantise and code
     ("", "B", "II", ""),
     ("", "dQ", "dQ", "IIQ", "BIdQ", ""),
-    ("", "", "I", "BI", "B", "dB", "BI", "IB"),
+    ("", "", "I", "BI", "B", "dB", "BI", "IB", ""),
     ("", "", "", "B"),
 )
 
 Record = namedtuple("Record", "name role dtype shape digest payloads")
-File = namedtuple("File", "provenance fingerprint records")
+File = namedtuple("File", "provenance fingerprint records shared")
+REFERENCE = [(0,), (0,), (8,), (0,)]
 
 
 def canonical(value):
@@ -74,6 +75,7 @@ def parse_manifest(manifest, payload):
             stages.append((tag, *map(unpack, forms[tag])))
         check_pipeline(*stages)
         pipelines.append(stages)
+    shared = reader.take(32) if REFERENCE in pipelines else None
     kinds = []
     for _ in range(varint()):
         role, dtype = unpack("B"), DTYPES[unpack("B")]
@@ -84,19 +86,44 @@ def parse_manifest(manifest, payload):
     for _ in range(varint()):
         names.append(parse_name(reader, names))
         role, dtype, shape, stages = kinds[varint()]
-        digest = b"" if role == WHOLE else reader.take(8)
+        digest = b"" if role == WHOLE else reader.take(4)
         payloads = []
         for stage in stages:
-            scale, crc = unpack("f"), unpack("I")
-            payloads.append(Payload(*stage, scale, payload.take(varint())))
+            scale, crc = unpack("f"), None if stage == REFERENCE else unpack("I")
+            payloads.append(Payload(*stage, scale, b"" if crc is None else payload.take(varint())))
             assert math.isfinite(scale)
-            assert crc == zlib.crc32(payloads[-1].data)
+            assert crc in (None, zlib.crc32(payloads[-1].data))
         name = names[-1].decode("utf-8")
         records[name] = Record(name, role, dtype, shape, digest, payloads)
     assert all(a < b for a, b in pairwise(names))
     assert reader.at == len(manifest)
     assert payload.at == len(payload.data)
-    return fingerprint, records
+    assert (shared is not None) == any(refers(record) for record in records.values())
+    return fingerprint, records, shared
+
+
+def refers(record):
+    return bool(record.payloads) and record.payloads[0].quantise == (8,)
+
+
+def resolve(file: File, shared: bytes) -> File:
+    """Puts the payloads of a shared file where `file` refers to them."""
+    assert file.shared == shared[-32:]
+    family, records = parse(shared), {}
+    assert family.shared is None
+    for name, record in file.records.items():
+        if refers(record):
+            other = family.records[name]
+            assert other.role == ADD
+            assert other.payloads
+            assert (other.shape, other.digest) == (record.shape, record.digest)
+            lam = record.payloads[0].scale
+            scaled = [payload._replace(scale=single(payload.scale * lam)) for payload in other.payloads]
+            assert all(math.isfinite(payload.scale) for payload in scaled)
+            record = record._replace(payloads=scaled + record.payloads[1:])
+            assert len(record.payloads) <= 255
+        records[name] = record
+    return file._replace(records=records, shared=None)
 
 
 def parse_name(reader, names):
@@ -114,10 +141,15 @@ def check_kind(role, dtype, shape, pipelines):
     assert role <= BASE_ONLY
     if role >= SAME:
         assert not pipelines
+    assert role == ADD or REFERENCE not in pipelines
+    assert REFERENCE not in pipelines[1:]
     if role in (XOR, WHOLE):
-        ((_, _, quantise, code),) = pipelines
-        assert quantise == (4, WIDTHS[dtype])
-        assert role == XOR or code == (0,)
+        ((transform, select, quantise, code),) = pipelines
+        assert quantise == (4, WIDTHS[dtype]) or role == WHOLE
+        assert role == XOR or (transform, select, code) == ((0,), (0,), (0,))
+    if role == ADD or (role == WHOLE and quantise[0] != 4):
+        assert dtype in EPSILON
+        assert all(stages[2][0] != 4 for stages in pipelines)
 
 
 def to_bytes(value, dtype):
@@ -147,7 +179,7 @@ def rebuild(record: Record, base: bytes | None) -> bytes | None:
     out = []
     for i in range(numel):
         old = base[width * i : width * (i + 1)] if record.role != WHOLE else bytes(width)
-        if record.role == ADD:
+        if record.role == ADD or (record.role == WHOLE and record.payloads[0].quantise[0] != 4):
             rounded = float if record.dtype == "float64" else single
             total = from_bytes(old, record.dtype)
             for scale, found in decoded:

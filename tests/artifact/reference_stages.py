@@ -321,8 +321,10 @@ def mixed(fill, group, blocks, code, reader):
 
 def check_pipeline(transform, select, quantise, code):
     """The rules about which stages go together."""
-    if quantise[0] == 4:
+    if quantise[0] in (4, 8):
         assert (transform, select) == ((0,), (0,))
+    if quantise[0] == 8:
+        assert code == (0,)
     if quantise[0] == 7:
         assert (transform, select) == ((1, math.isqrt(quantise[1])), (0,))
         assert math.isqrt(quantise[1]) ** 2 == quantise[1]

@@ -145,6 +145,9 @@ PIPELINES = {
     "affine of 17 bits": {"quantise": craft.affine(17)},
     "width of 3": {"quantise": craft.bits(3)},
     "bits behind a mask": {"select": craft.bernoulli(0.5), "quantise": craft.bits(4)},
+    "shared behind a mask": {"select": craft.bernoulli(0.5), "quantise": b"\x08"},
+    "shared and transformed": {"transform": b"\3", "quantise": b"\x08"},
+    "shared and coded": {"quantise": b"\x08", "code": craft.ZSTD},
     "bits transformed": {"transform": b"\3", "quantise": craft.bits(4)},
     "zone of 0": {"quantise": craft.dead_zone(0.0, 3)},
     "zone NaN": {"quantise": craft.dead_zone(float("nan"), 3)},
@@ -186,6 +189,23 @@ MANIFESTS = {
         [craft.pipeline(quantise=craft.bits(4), code=craft.ZSTD)], [kind(role=2)], [record(digest=b"")]
     ),
     "same with payload": manifest(kinds=[kind(role=3)]),
+    "reference without a shared file": manifest([craft.SHARED_PIPELINE], records=[record(data=[None])]),
+    "reference cut off": manifest([craft.SHARED_PIPELINE])[:50],
+    "reference with bytes": manifest([craft.SHARED_PIPELINE], shared=bytes(32)),
+    "reference behind another": manifest(
+        [craft.SHARED_PIPELINE], [kind(pipelines=(0, 0))], [record(data=[None, None])], shared=bytes(32)
+    ),
+    "reference behind a payload": manifest(
+        [craft.SHARED_PIPELINE, craft.F16], [kind(pipelines=(1, 0))], [record(data=[bytes(4), None])], shared=bytes(32)
+    ),
+    "reference in an xor": manifest([craft.SHARED_PIPELINE], [kind(role=1)], [record(data=[None])], shared=bytes(32)),
+    "reference in a whole tensor": manifest(
+        [craft.SHARED_PIPELINE], [kind(role=2)], [record(data=[None], digest=b"")], shared=bytes(32)
+    ),
+    "reference with a scale NaN": manifest(
+        [craft.SHARED_PIPELINE], records=[record(data=[None], scale=float("nan"))], shared=bytes(32)
+    ),
+    "shared file that nothing refers to": manifest([craft.F16, craft.SHARED_PIPELINE], shared=bytes(32)),
     "pipeline beyond the list": manifest(kinds=[kind(pipelines=[1])]),
     "kind beyond the list": manifest(records=[record(kind=1)]),
     "scale NaN": manifest(records=[record(scale=float("nan"))]),
@@ -231,7 +251,7 @@ def test_names_do_not_explode():
 def applied(payload, stages=craft.F16, **options):
     base = {"w": torch.zeros(2)}
     digest = reference_decoder.digest("float32", [2], bytes(8))
-    table = manifest([stages], [kind(**options)], [record(data=[payload], digest=digest[:8])])
+    table = manifest([stages], [kind(**options)], [record(data=[payload], digest=digest[:4])])
     name = b"\1\0\0\0w"
     table = hashlib.sha256(name + digest).digest() + table[32:]
     return dtrain.Delta(unpack_file(build(table, payload))).state_dict(base)["w"].tolist()
