@@ -27,12 +27,13 @@ from dtrain.callbacks.objective import (
 )
 from dtrain.callbacks.outcome import Outcome, conclude, run_folder
 from dtrain.callbacks.strategies import refuse_sharded
+from dtrain.callbacks.watch import DeltaWatch, When, check_when
 from dtrain.compression import compress
 from dtrain.delta import Delta
 from dtrain.errors import InputError
 from dtrain.fit import Calibration
 from dtrain.methods import DareX, Method
-from dtrain.rules import HEADS, Rules
+from dtrain.rules import EMBEDDINGS, HEADS, FreshCode, Rules, VectorCode
 from dtrain.weights import Weights, read_weights
 
 __all__ = ["DeltaCompressionCallback", "Outcome"]
@@ -46,6 +47,14 @@ class DeltaCompressionCallback(pl.Callback):
     one table and logs `dtrain/bytes`, `dtrain/ratio`, `dtrain/metric_base`, `dtrain/metric_finetuned`,
     `dtrain/metric_compressed` and `dtrain/metric_drop` to every logger. The module, its checkpoints and the other
     callbacks stay untouched.
+
+    While training, at the end of every epoch, it logs what the delta looks like and what its file would take, so that
+    AdamR's strength can be steered: `dtrain/delta_norm`, the norm of the matrices' delta over that of the base;
+    `dtrain/delta_mean_abs`, its mean magnitude; `dtrain/delta_unmoved`, the share that did not move;
+    `dtrain/delta_kurtosis`, how heavy its tails are (3 for a Gaussian); `dtrain/projected_bytes` and
+    `dtrain/projected_ratio`, the size of the file; and `dtrain/projected_error`, the norm of what it would lose over
+    that of the delta, with the best scale for every tensor. Of more than two million elements it looks at some rows of
+    every matrix, of which a low rank keeps too much.
 
     The base is the weights before the first step of the run, kept beside the checkpoints, so that a resumed run finds
     them; or what `base` names.
@@ -80,9 +89,17 @@ class DeltaCompressionCallback(pl.Callback):
             monitored metric (q_v) on training batches.
         calibration_batches: Number of training batches for the fit, or to look at the inputs of layers on.
         include: Patterns of tensors the method may compress.
-        exclude: Patterns of tensors it must leave alone; their delta is kept in half precision.
-        whole: Patterns of tensors that are fresh in the fine-tuned model and stored as they are.
+        exclude: Patterns of tensors it must leave alone; the delta of a matrix is kept in half precision.
+        whole: Patterns of tensors that are fresh in the fine-tuned model and stored without the base.
         drop: Patterns of tensors that stay at the base.
+        embeddings: Patterns of token embeddings, which stay at the base as well where they fit it; none to compress
+            them by the method.
+        vectors: How the deltas of norms and biases are stored: "sign" is one bit a value and one scale a tensor,
+            "uniform4" and "uniform8" are 4 and 8 bits, "float16" is half precision.
+        fresh: How matrices are stored that are fresh: "uniform8" and "uniform4" are 8 and 4 bits a value and a step
+            per row, "float16" is half precision, "exact" is bit for bit.
+        watch: When to log what the delta looks like and what its file would take: a number for every so many optimizer
+            steps, "epoch" for the end of every training epoch, or "never". It needs a logger.
 
     Raises:
         InputError: If a setting, the strategy or the order of the callbacks cannot work; at construction or in `setup`.
@@ -103,7 +120,12 @@ class DeltaCompressionCallback(pl.Callback):
         exclude: Sequence[str] = (),
         whole: Sequence[str] = HEADS,
         drop: Sequence[str] = (),
+        embeddings: Sequence[str] = EMBEDDINGS,
+        vectors: VectorCode = "sign",
+        fresh: FreshCode = "uniform8",
+        watch: When = "epoch",
     ) -> None:
+        check_when(watch)
         check_choices(mode=(mode, ("max", "min", None)), source=(source, ("last", "best")))
         check_choices(fit_on=(fit_on, ("hidden", "metric")))
         if calibration_batches < 1:
@@ -112,10 +134,21 @@ class DeltaCompressionCallback(pl.Callback):
         self.path, self.monitor, self.source, self.module = path, monitor, source, module
         self.mode: Mode | None = mode
         self.fit_on, self.calibration_batches = fit_on, calibration_batches
-        self.rules = Rules(include=include, exclude=exclude, whole=whole, drop=drop)
+        self.rules = Rules(
+            include=include,
+            exclude=exclude,
+            whole=whole,
+            drop=drop,
+            embeddings=embeddings,
+            vectors=vectors,
+            fresh=fresh,
+        )
         self.delta: Delta | None = None
         self.outcome: Outcome | None = None
+        self.watch: When = watch
         self._base = Base(base, module)
+        self._watch: DeltaWatch | None = None
+        self._watched_at = 0  # the optimizer step of the last look: accumulated batches share one
         self._metrics_before: dict[str, Any] = {}  # as they were when validation began, to tell which it logs
         self._metric_seen = False  # whether validation has logged the metric in this fit
 
@@ -125,6 +158,7 @@ class DeltaCompressionCallback(pl.Callback):
         if stage != "fit":
             return
         self.delta, self.outcome, self._metric_seen = None, None, False
+        self._watch, self._watched_at = None, 0
         self._base.begin()
         refuse_sharded(trainer, "DeltaCompressionCallback", "its weights would have to be gathered")
         check_callbacks(self, trainer, self.source)
@@ -164,6 +198,20 @@ class DeltaCompressionCallback(pl.Callback):
             check_one_process(trainer, self.method)
         if not _is_trial(trainer):
             self._base.take(trainer, submodule(pl_module, self.module))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a batch ends: look at the delta, if it is time."""
+        if isinstance(self.watch, int) and trainer.global_step % self.watch == 0:
+            self._look(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when an epoch ends: look at the delta."""
+        if self.watch == "epoch":
+            self._look(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -233,6 +281,27 @@ class DeltaCompressionCallback(pl.Callback):
     def _must_have_metric(self) -> bool:
         """Whether validation has to log the metric: what only the checkpoint callback asks for may be training's."""
         return self.monitor is not None or (self._needs_objective and self.fit_on == "metric")
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what the delta looks like now. All ranks have the same weights, and one of them writes the logs."""
+        if _is_trial(trainer) or not trainer.is_global_zero or not trainer.loggers:
+            return
+        if trainer.global_step == self._watched_at:
+            return
+        self._watched_at = trainer.global_step
+        target = submodule(pl_module, self.module)
+        live = read_weights(target)
+        if self._watch is None:
+            self._watch = DeltaWatch(self.read_base(trainer), live, self.method, self.rules)
+
+        def whole(method: Method) -> Delta:
+            base = self.read_base(trainer)
+            tuned = without_counters(live, base, target)
+            return compress(base, tuned, method, rules=self.rules, training=_provenance(trainer))
+
+        values = self._watch.look(live, whole)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
 
     def _read_tuned(self, trainer: pl.Trainer, target: nn.Module, live: Weights, base: Weights) -> Weights:
         tuned: Weights | None = live
