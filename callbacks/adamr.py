@@ -82,7 +82,7 @@ class AdamRCallback(Callback):
         exclude: Sequence[str] = (),
     ) -> None:
         check_decay(strength, norm, normalizer)
-        self._rules = Rules(include=include, exclude=exclude)
+        self._rules = Rules(include=include, exclude=exclude, embeddings=())  # to leave them there, pull them too
         self.strength = strength
         self.norm: Norm = norm
         self.normalizer: Normalizer = normalizer

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dtrain.errors import InputError
-from dtrain.rules import Rules
+from dtrain.rules import Role, Rules
 from dtrain.weights import Weights, digest, read_weights, tensor_bytes
 
-ChangeRole = Literal["method", "half", "bits", "whole", "drop", "same", "base_only"]
+ChangeRole = Role | Literal["same", "base_only"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def pair(base: Weights, tuned: Weights, rules: Rules) -> list[Change]:
         change
         for name, tensor in tuned.tensors.items()
         for known in _known_names(base, tuned, name)
-        if (change := _change(known, base.get(known), tensor, rules)) is not None
+        if (change := _change(known, base.get(known), tensor, _role(base, tuned, known, name, rules))) is not None
     ]
     used = {base.aliases.get(name, name) for name in [*tuned.tensors, *tuned.aliases]}
     changes += [Change(name, "base_only", tensor, tensor) for name, tensor in base.tensors.items() if name not in used]
@@ -87,8 +87,11 @@ def _refuse_nothing(base: Weights, tuned: Weights, changes: Sequence[Change]) ->
         raise InputError(
             f"{tuned.origin} equals its base {base.origin}: there is no delta. Give the weights after fine-tuning."
         )
-    if all(change.role == "drop" for change in kept):
-        raise InputError("every tensor that changed is dropped by `drop`: nothing is left. Give narrower patterns.")
+    if all(change.role in ("drop", "embedding") for change in kept):
+        raise InputError(
+            "every tensor that changed stays at the base by `drop` or `embeddings`: nothing is left. Give narrower "
+            "patterns, or none."
+        )
 
 
 def _fits(base: Tensor | None, tuned: Tensor) -> bool:
@@ -116,8 +119,21 @@ def fingerprint(named: Iterable[tuple[str, bytes]]) -> bytes:
     return sha.digest()
 
 
-def _change(name: str, base: Tensor | None, tuned: Tensor, rules: Rules) -> Change | None:
-    role = rules.role(name, tuned.shape, tuned.dtype)
+def _role(base: Weights, tuned: Weights, known: str, name: str, rules: Rules) -> Role:
+    """Return the role of the tensor that the base calls `known` and the fine-tuned model `name`.
+
+    A file of a tied model holds one of its names, a module all of them: it is an embedding by any.
+    """
+    tensor = tuned.tensors[name]
+    role = rules.role(known, tensor.shape, tensor.dtype)
+    if role != "method":
+        return role
+    others = {*_names(tuned, name), *_names(base, base.aliases.get(known, known))}
+    found = {rules.role(other, tensor.shape, tensor.dtype) for other in others}
+    return "embedding" if "embedding" in found else role
+
+
+def _change(name: str, base: Tensor | None, tuned: Tensor, role: Role) -> Change | None:
     if not _fits(base, tuned):
         return None if role == "drop" else Change(name, "whole", None, tuned)
     if role != "whole" and _is_base(base, tuned):
@@ -130,9 +146,14 @@ def _known_names(base: Weights, tuned: Weights, name: str) -> list[str]:
 
     A file of a tied model holds one of its names, not always the first; a base may hold two tensors that are one here.
     """
-    group = [name, *sorted(alias for alias, other in tuned.aliases.items() if other == name)]
+    group = _names(tuned, name)
     found = {base.aliases.get(known, known): known for known in reversed(group) if base.get(known) is not None}
     return sorted(found.values()) or [name]
+
+
+def _names(weights: Weights, name: str) -> list[str]:
+    """Return all names of the tensor that `name`, the first of them, has."""
+    return [name, *sorted(alias for alias, other in weights.aliases.items() if other == name)]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -141,7 +162,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def prefix_of(base: Weights, tuned: Weights) -> str:
-    """Return the prefix of the fine-tuned names, if any, that pairs more of them with the base's than no prefix does."""
+    """Return the prefix, if any, without which more of the fine-tuned names are the base's than with it."""
     names = [*tuned.tensors, *tuned.aliases]
     plain = sum(base.get(name) is not None for name in names)
     matches = Counter(

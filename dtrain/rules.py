@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 
 from dtrain.errors import InputError
 
-Role = Literal["method", "half", "bits", "whole", "drop"]
+Role = Literal["method", "vector", "half", "bits", "whole", "embedding", "drop"]
+#: How norms and biases are stored, and fresh matrices.
+VectorCode = Literal["sign", "uniform4", "uniform8", "float16"]
+FreshCode = Literal["uniform8", "uniform4", "float16", "exact"]
+_CODES = {"vectors": get_args(VectorCode), "fresh": get_args(FreshCode)}
 
 #: Usual names of task heads. A head is fresh in almost every fine-tune, so it is stored whole: a delta to one random
 #: initialisation could not be put on another. A pre-trained `lm_head` is not in this list.
@@ -21,39 +25,68 @@ HEADS = tuple(
     for pattern in (f"{name}.*", f"*.{name}.*")
 ) + ("fc.*",)
 
+#: Names of the token embeddings of encoders (BERT and its kin), half of a small one's elements. Those of decoders
+#: (`embed_tokens`, `wte`, `shared`) are not in this list: they are often the output layer as well.
+EMBEDDINGS = ("word_embeddings.weight", "*.word_embeddings.weight")
+
+
+#: The fields of `Rules` that are lists of patterns.
+PATTERNS = ("include", "exclude", "whole", "drop", "embeddings")
+
 
 @dataclass(frozen=True)
 class Rules:
     """Assign every tensor a role by its name, shape and dtype.
 
     Patterns are shell-style (`*`, `?`, `[ab]`) and match the whole tensor name, case-sensitively. The first rule that
-    applies decides: `drop`, `whole`, not floating point -> bitwise, `include` minus `exclude` and at least two
-    dimensions longer than one -> the method, everything else (norms, biases, single tokens) -> its full delta in half
-    precision.
+    applies decides:
+
+    1. `drop`: the tensor stays at the base.
+    2. `whole`, or the base has no tensor of this name, shape and sort of dtype: it is stored without the base. A matrix
+       is coded by `fresh`, anything else as it is.
+    3. Not floating point, or of one byte: bit for bit.
+    4. `embeddings`: the tensor stays at the base, unless the method is bitwise.
+    5. `include` minus `exclude`, and at least two dimensions longer than one: the method.
+    6. A `weight` or `bias` of at most one dimension longer than one (norms, biases): its delta, coded by `vectors`.
+    7. Everything else (single tokens, running statistics, excluded matrices): its delta in half precision.
+
+    DEFAULTS
 
     Args:
         include: Tensors that the method may compress.
-        exclude: Tensors that the method must leave alone; their delta is kept in half precision instead.
-        whole: Tensors that are fresh in the fine-tuned model, stored as they are and no part of the base's fingerprint.
-        drop: Tensors that stay at the base: their delta is thrown away.
+        exclude: Tensors that the method must leave alone; the delta of a matrix is kept in half precision instead.
+        whole: Tensors that are fresh in the fine-tuned model, stored without the base and no part of its fingerprint.
+        drop: Tensors that stay at the base: their delta is thrown away. One that the base does not have is left out.
+        embeddings: Token embeddings, which stay at the base as well; but where the base has none of their shape (a
+            vocabulary that grew) they are stored whole. No pattern: the method compresses them.
+        vectors: How the deltas of norms and biases are stored: "sign" is one bit a value and one scale a tensor;
+            "uniform4" and "uniform8" are 4 and 8 bits; "float16" is half precision.
+        fresh: How matrices that the base does not have are stored: "uniform8" and "uniform4" are 8 and 4 bits a value
+            and a step per row; "float16" is half precision; "exact" is bit for bit.
 
     Raises:
-        InputError: If a single string is given where a sequence of patterns is expected.
+        InputError: If a single string is given where a sequence of patterns is expected, or a code is unknown.
     """
 
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     whole: Sequence[str] = HEADS
     drop: Sequence[str] = ()
+    embeddings: Sequence[str] = EMBEDDINGS
+    vectors: VectorCode = "sign"
+    fresh: FreshCode = "uniform8"
 
     def __post_init__(self) -> None:
-        for field in ("include", "exclude", "whole", "drop"):
+        for field in PATTERNS:
             patterns = getattr(self, field)
             if isinstance(patterns, str):
                 raise InputError(
                     f"`{field}` must be a list of patterns, got the string {patterns!r}. Use [{patterns!r}]."
                 )
             object.__setattr__(self, field, tuple(patterns))
+        for field, codes in _CODES.items():
+            if getattr(self, field) not in codes:
+                raise InputError(f"`{field}` must be one of {', '.join(codes)}, got {getattr(self, field)!r}.")
 
     def role(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Role:
         """Return what becomes of the tensor called `name`."""
@@ -63,10 +96,11 @@ class Rules:
             return "whole"
         if not dtype.is_floating_point or dtype.itemsize == 1:  # a float8 has too few bits to add half a delta to
             return "bits"
-        is_matrix = sum(size > 1 for size in shape) >= 2
-        if is_matrix and matches(name, self.include) and not matches(name, self.exclude):
-            return "method"
-        return "half"
+        if matches(name, self.embeddings):
+            return "embedding"
+        if is_matrix(shape):
+            return "method" if matches(name, self.include) and not matches(name, self.exclude) else "half"
+        return "vector" if is_weight_or_bias(name) else "half"
 
     def check(self, names: Collection[str]) -> None:
         """Refuse a pattern, other than a default one, that matches none of `names`: it is likely misspelt.
@@ -75,7 +109,7 @@ class Rules:
             InputError: If there is one.
         """
         default = Rules()
-        for field in ("include", "exclude", "whole", "drop"):
+        for field in PATTERNS:
             given = cast("Sequence[str]", getattr(self, field))
             for pattern in given if given != getattr(default, field) else ():
                 if not any(matches(name, [pattern]) for name in names):
@@ -88,3 +122,13 @@ class Rules:
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Return whether `name` matches at least one of the shell-style `patterns`."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_weight_or_bias(name: str) -> bool:
+    """Return whether `name` is that of a module's weight or bias."""
+    return name.rpartition(".")[2] in ("weight", "bias")
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Return whether at least two dimensions are longer than one."""
+    return sum(size > 1 for size in shape) >= 2

@@ -49,7 +49,7 @@ def test_names_are_in_the_order_of_their_bytes():
 def test_a_fresh_head_and_a_grown_vocabulary_are_stored_whole(method):
     base = model(**{"head.weight": torch.randn(3, 4)})
     tuned = moved(base) | {"emb.weight": torch.randn(12, 4), "head.weight": torch.randn(3, 4)}
-    delta = dtrain.compress(base, tuned, method)
+    delta = dtrain.compress(base, tuned, method, rules=Rules(fresh="exact"))
     assert set(delta.report().whole) == {"emb.weight", "head.weight"}
     for other in (base | {"head.weight": torch.zeros(5, 4)}, base | {"emb.weight": torch.ones(10, 4)}):
         state = delta.state_dict(other)  # neither tensor is part of the base's fingerprint
@@ -73,7 +73,7 @@ def test_no_difference_is_refused(tuned):
 
 
 def test_one_bit_is_a_difference():
-    assert roles(model(), model(**{"enc.bias": -torch.zeros(4)}))["enc.bias"] == "half"
+    assert roles(model(), model(**{"enc.bias": -torch.zeros(4)}))["enc.bias"] == "vector"
 
 
 def test_equal_nan_is_no_difference():
@@ -126,7 +126,7 @@ def test_a_prefix_is_found_whatever_the_names():
     tuned = {f"model.{name}": value + 1 for name, value in base.items()}
     assert set(roles(base, tuned)) == set(base)
     del tuned["model.bias"]
-    assert roles(base, tuned) == {"bias": "base_only", "body.bias": "half", "body.weight": "method"}
+    assert roles(base, tuned) == {"bias": "base_only", "body.bias": "vector", "body.weight": "method"}
 
 
 def tied(untied=False):
@@ -175,8 +175,9 @@ def test_ties_on_one_side_only(untied):
 
 def test_whole_by_rule_and_missing_in_the_base_are_one_thing():
     base, tuned = model(), moved(model())
-    by_rule = dtrain.compress(base, tuned, Dare(), rules=Rules(whole=["enc.*"]))
-    missing = dtrain.compress(model(**{"enc.weight": None, "enc.bias": None}), tuned, Dare())
+    by_rule = dtrain.compress(base, tuned, Dare(), rules=Rules(whole=["enc.*"], fresh="exact"))
+    smaller = model(**{"enc.weight": None, "enc.bias": None})
+    missing = dtrain.compress(smaller, tuned, Dare(), rules=Rules(fresh="exact"))
     for delta in (by_rule, missing):
         assert delta.report().whole == ("enc.bias", "enc.weight")
         assert raw(delta.state_dict(base)["enc.weight"]) == raw(tuned["enc.weight"])

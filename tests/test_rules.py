@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dtrain import InputError, Rules
-from dtrain.rules import HEADS, matches
+from dtrain.rules import HEADS, PATTERNS, matches
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
@@ -18,9 +18,19 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
         ("encoder.weight", (4, 4), F64, "method"),
         ("conv.weight", (8, 3, 3, 3), F32, "method"),
         ("conv.weight", (8, 1, 3, 3), F32, "method"),
-        ("depthwise.weight", (8, 1, 1, 1), F32, "half"),
+        ("depthwise.weight", (8, 1, 1, 1), F32, "vector"),
         ("cls_token", (1, 1, 768), F32, "half"),
-        ("norm.weight", (768,), F32, "half"),
+        ("norm.weight", (768,), F32, "vector"),
+        ("norm.bias", (768,), BF16, "vector"),
+        ("bias", (768,), F32, "vector"),
+        ("bn.running_var", (768,), F32, "half"),
+        ("encoder.bias_table", (768,), F32, "half"),
+        ("bert.embeddings.word_embeddings.weight", (9, 4), F32, "embedding"),
+        ("word_embeddings.weight", (9, 4), F16, "embedding"),
+        ("bert.embeddings.word_embeddings.weight", (9, 4), torch.int8, "bits"),
+        ("bert.embeddings.position_embeddings.weight", (9, 4), F32, "method"),
+        ("model.embed_tokens.weight", (9, 4), F32, "method"),
+        ("embeddings.word_embeddings.weight_scale", (9, 4), F32, "method"),
         ("scale", (), F32, "half"),
         ("empty", (0, 5), F32, "half"),
         ("bn.num_batches_tracked", (), torch.int64, "bits"),
@@ -64,7 +74,22 @@ def test_patterns_match_the_whole_name(name, pattern, expected):
     assert matches(name, [pattern]) is expected
 
 
-@pytest.mark.parametrize("field", ["include", "exclude", "whole", "drop"])
+def test_embeddings_yield_to_drop_and_whole_and_go_before_include():
+    name, rules = "word_embeddings.weight", Rules(include=["*"], embeddings=["*embeddings*"])
+    assert rules.role(name, (9, 4), F32) == "embedding"
+    assert Rules(embeddings=[]).role(name, (9, 4), F32) == "method"
+    assert Rules(embeddings=[], exclude=["word*"]).role(name, (9, 4), F32) == "half"
+    assert Rules(whole=["word*"]).role(name, (9, 4), F32) == "whole"
+    assert Rules(drop=["word*"]).role(name, (9, 4), F32) == "drop"
+
+
+@pytest.mark.parametrize(("field", "code"), [("vectors", "exact"), ("fresh", "sign"), ("vectors", ["sign"])])
+def test_an_unknown_code_is_refused(field, code):
+    with pytest.raises(InputError, match=rf"`{field}` must be one of .*float16.*, got "):
+        Rules(**{field: code})
+
+
+@pytest.mark.parametrize("field", PATTERNS)
 def test_a_single_string_is_refused(field):
     with pytest.raises(InputError, match=rf"`{field}` must be a list of patterns, got the string 'a\.\*'. Use \['a"):
         Rules(**{field: "a.*"})

@@ -90,7 +90,7 @@ def advise(base: Source, finetuned: Source, rules: Rules | None = None) -> Advic
     """
     rules = rules or Rules()
     changes = pair(read_weights(base), read_weights(finetuned), rules)
-    measures, sizes = measure(changes), size_up(changes)
+    measures, sizes = measure(changes), size_up(changes, rules)
     architecture = guess_architecture(change.name for change in changes if change.role != "base_only")
     keep = start_keep(measures)
     indexed = stores_positions(measures)

@@ -149,7 +149,7 @@ def rule_words(rules: Rules) -> list[str]:
     """Return the command-line words that stand for `rules`: nothing for the defaults."""
     words: list[str] = []
     for field in fields(rules):
-        patterns = cast("Sequence[str]", getattr(rules, field.name))
-        if patterns != field.default:
-            words += [f"--{field.name}", *patterns]
+        given = cast("str | Sequence[str]", getattr(rules, field.name))
+        if given != field.default:
+            words += [f"--{field.name}", *([given] if isinstance(given, str) else given)]
     return words

@@ -17,10 +17,12 @@ from dtrain.advice.verdict import is_large, is_sparse
 #: What is to be said of every role of a tensor that the fine-tuned model has.
 ROLES = {
     "method": "compressed by the method",
+    "vector": "delta of norms and biases, of a few bits a value",
     "half": "full delta in half precision",
     "whole": "stored whole: new, or a head by its name",
     "bits": "bit for bit, at most",
     "same": "unchanged",
+    "embedding": "embeddings, left at the base",
     "drop": "left at the base by a rule",
 }
 _WORST = 3

@@ -6,12 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dtrain.codes import dense_bytes, fresh_values, vector_values
 from dtrain.difference import Change, ChangeRole
 from dtrain.methods.accounting import binary_entropy
+from dtrain.rules import Rules
+from dtrain.stages import Float16
 
 _HEADER = 544  # bytes of JSON, fingerprint and checksum
-_RECORD = 27  # bytes of a tensor in the manifest: name, digest, scale, checksum
-_ORDER: tuple[ChangeRole, ...] = ("method", "half", "whole", "bits", "same", "drop")  # not what only the base has
+_RECORD = 23  # bytes of a tensor in the manifest: name, digest, scale, checksum
+#: All roles but that of what only the base has.
+_ORDER: tuple[ChangeRole, ...] = ("method", "vector", "half", "whole", "bits", "same", "embedding", "drop")
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class RoleSize:
     """All tensors of one role.
 
     Args:
-        role: What the rules make of them: "method", "half", "bits", "whole", "drop", or "same" where nothing changed.
+        role: What the rules make of them: a role of `dtrain.rules`, or "same" where nothing changed.
         tensors: How many.
         elements: Their elements.
         checkpoint_bytes: Their bytes in the fine-tuned checkpoint.
@@ -97,14 +101,32 @@ class Sizes:
         return Expected(keep, bits, indexed, size, self.checkpoint_bytes / size)
 
 
-def size_up(changes: Sequence[Change]) -> Sizes:
+def size_up(changes: Sequence[Change], rules: Rules) -> Sizes:
     """Return the sizes of a pair of models."""
-    rows = [_role(role, found) for role in _ORDER if (found := [change for change in changes if change.role == role])]
+    rows = [
+        _role(role, found, rules) for role in _ORDER if (found := [change for change in changes if change.role == role])
+    ]
     return Sizes(tuple(rows), len(changes))
 
 
-def _role(role: ChangeRole, changes: Sequence[Change]) -> RoleSize:
+def _role(role: ChangeRole, changes: Sequence[Change], rules: Rules) -> RoleSize:
     elements = sum(change.tuned.numel() for change in changes)
     size = sum(change.tuned.numel() * change.tuned.dtype.itemsize for change in changes)
-    payload = {"method": None, "half": 2 * elements, "whole": size, "bits": size}.get(role, 0)
+    payload = None if role == "method" else sum(_payload(role, change, rules) for change in changes)
     return RoleSize(role, len(changes), elements, size, payload)
+
+
+def _payload(role: ChangeRole, change: Change, rules: Rules) -> int:
+    """Return the bytes of a tensor that no method changes, at most."""
+    tuned = change.tuned
+    match role:
+        case "vector":
+            return dense_bytes(vector_values(rules.vectors), tuned.shape)
+        case "half":
+            return dense_bytes(Float16(), tuned.shape)
+        case "whole":
+            return dense_bytes(fresh_values(rules.fresh, tuned.shape, tuned.dtype), tuned.shape)
+        case "bits":
+            return tuned.numel() * tuned.dtype.itemsize
+        case _:
+            return 0

@@ -13,7 +13,7 @@ from dtrain.stages import SHARED, Payload
 
 DIGEST_FILE = 32  # bytes of the SHA-256 that ends a file
 MAX_PAYLOADS = 255  # of a tensor
-DIGEST_BYTES = 8  # of a tensor's SHA-256: names the tensor that differs; the fingerprint has all 32
+DIGEST_BYTES = 4  # of a tensor's SHA-256: names the tensor that differs; the fingerprint has all 32
 
 
 class Role(IntEnum):
@@ -36,7 +36,7 @@ class Record:
         role: What the record does.
         dtype: Its dtype in the fine-tuned checkpoint.
         shape: Its shape.
-        digest: First 8 bytes of the SHA-256 of the base's tensor; empty for `WHOLE`.
+        digest: First 4 bytes of the SHA-256 of the base's tensor; empty for `WHOLE`.
         payloads: Any number for `ADD`, one for `XOR` and `WHOLE`, none otherwise.
     """
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dtrain.artifact import Record, Role
 from dtrain.errors import ArtifactError
-from dtrain.stages import Decoded, decode
+from dtrain.stages import Bits, Decoded, decode
 from dtrain.weights import tensor_bytes
 
 
@@ -43,13 +43,16 @@ def patch(record: Record, base: Tensor | None, origin: object = "delta") -> Patc
         decoded = [decode(payload, record.name, record.shape, device) for payload in record.payloads]
     except ValueError as error:
         raise ArtifactError(origin, "payload", f"{error}. Copy or download the file again.", record.name) from error
-    if record.role is Role.WHOLE:
+    scales = [payload.scale for payload in record.payloads]
+    if record.role is Role.WHOLE and isinstance(record.payloads[0].pipeline.quantise, Bits):
         return Patch(None, _from_bytes(decoded[0].values, record))
+    if record.role is Role.WHOLE:
+        return add(torch.zeros(record.shape, dtype=record.dtype, device=device), decoded, scales, record.dtype)
     if base is None:
         raise ValueError(f"record {record.name!r} needs its base tensor")
     if record.role is Role.XOR:
         return Patch(None, _from_bytes(tensor_bytes(base).to(device) ^ decoded[0].values, record))
-    return add(base, decoded, [payload.scale for payload in record.payloads], record.dtype)
+    return add(base, decoded, scales, record.dtype)
 
 
 def add(base: Tensor, decoded: Sequence[Decoded], scales: Sequence[float], dtype: torch.dtype) -> Patch:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import dtrain
 from dtrain import ArtifactError, Dare, DareX, Lossless
-from dtrain.artifact import Content, Record, Role, unpack_file
+from dtrain.artifact import DIGEST_BYTES, Content, Record, Role, unpack_file
 from dtrain.artifact.names import restore, shorten
 from dtrain.difference import fingerprint
 from dtrain.stages import (
@@ -124,7 +124,7 @@ def test_several_payloads_add_up_in_their_order(dtype):
         replace(encode(Pipeline(select, value_format(values)), "w", torch.randn(40, 30)), scale=scale)
         for select, values, scale in zip(pipelines, ("sign", "uniform4", "float16"), (0.3, 0.07, 1e-5), strict=True)
     ]
-    record = Record("w", Role.ADD, dtype, (40, 30), digest(base)[:8], tuple(payloads))
+    record = Record("w", Role.ADD, dtype, (40, 30), digest(base)[:DIGEST_BYTES], tuple(payloads))
     delta = dtrain.Delta(Content((record,), fingerprint([("w", digest(base))])))
     found = reference_decoder.parse(bytes(bytes_of(delta))).records["w"]
     assert reference_decoder.rebuild(found, raw(base)) == raw(delta.state_dict({"w": base})["w"])
@@ -151,7 +151,7 @@ def test_every_stage_survives_the_file(pipeline, dtype):
     if isinstance(pipeline.quantise, Mixed):
         chosen["widths"] = torch.arange(12) % 9
     payload = encode(pipeline, "w", torch.randn(10, 14), **chosen)
-    record = Record("w", Role.ADD, dtype, (10, 14), digest(base)[:8], (payload,))
+    record = Record("w", Role.ADD, dtype, (10, 14), digest(base)[:DIGEST_BYTES], (payload,))
     delta = dtrain.Delta(Content((record,), fingerprint([("w", digest(base))])))
     read = unpack_file(bytes_of(delta))
     assert read.records[0].payloads[0].pipeline == pipeline

@@ -18,7 +18,7 @@ def test_round_trip(run, delta, pair):
     merged = load_file("merged.safetensors")
     same(merged, dtrain.load(delta).state_dict("base.safetensors"))
     assert merged.keys() == pair[1].keys()
-    for name in ("table.weight", "ids", "head.weight", "head.bias"):
+    for name in ("table.weight", "ids", "head.bias"):
         assert torch.equal(merged[name], pair[1][name])
 
 
@@ -104,6 +104,26 @@ def test_rules(run):
     roles = {record.name: record.role.name for record in expected.content.records}
     assert roles["norm.bias"] == "WHOLE"
     assert roles["half.weight"] == roles["wide.weight"] == "DROP"
+
+
+def test_codes_and_embeddings(run, pair):
+    base, tuned = pair
+    save_file(base | {"word_embeddings.weight": torch.ones(4, 4)}, "base.safetensors")
+    save_file(tuned | {"word_embeddings.weight": torch.zeros(4, 4)}, "tuned.safetensors")
+    words = ["--embeddings", "--vectors", "float16", "--fresh", "exact"]
+    code, out, _ = run("compress", "base.safetensors", "tuned.safetensors", "d.safetensors", *words)
+    rules = dtrain.Rules(embeddings=[], vectors="float16", fresh="exact")
+    expected = dtrain.compress("base.safetensors", "tuned.safetensors", dtrain.Dare(), rules=rules)
+    expected.save("expected.safetensors")
+    assert Path("d.safetensors").read_bytes() == Path("expected.safetensors").read_bytes()
+    assert "left at the base" not in out
+    assert torch.equal(expected.state_dict("base.safetensors")["head.weight"], tuned["head.weight"])
+    code, out, _ = run("compress", "base.safetensors", "tuned.safetensors", "d.safetensors")
+    assert code == 0
+    assert "left at the base (see the rules `drop` and `embeddings`): word_embeddings.weight\n" in out
+    words = ["--vectors", "none"]
+    refusal = run("compress", "base.safetensors", "tuned.safetensors", "e.safetensors", *words)
+    check_refusal(refusal, 2, "--vectors", "'none'", "uniform4")
 
 
 def test_whole_without_a_pattern_stores_no_pretrained_head_whole(run, pair):
