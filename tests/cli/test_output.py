@@ -88,7 +88,7 @@ def test_methods_for_people(run):
     assert run("methods", "--markdown")[1].startswith("| method | what it does |")
 
 
-@pytest.mark.parametrize("command", ["compress", "apply", "inspect", "verify", "advise", "methods"])
+@pytest.mark.parametrize("command", ["compress", "share", "apply", "inspect", "verify", "advise", "methods"])
 def test_every_command_has_help(run, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, err = run(command, "--help")

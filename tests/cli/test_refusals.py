@@ -13,8 +13,8 @@ from tests.cli.tools import check_refusal, files
 
 LISTED = ", ".join(method.__name__ for method in METHODS[:-1]) + " and Lossless"
 USAGE = {
-    "nothing": ([], "compress, apply, inspect, verify, advise and methods"),
-    "unknown command": (["compres"], "'compres'", "compress, apply, inspect, verify, advise and methods"),
+    "nothing": ([], "compress, share, apply, inspect, verify, advise and methods"),
+    "unknown command": (["compres"], "'compres'", "compress, share, apply, inspect, verify, advise and methods"),
     "missing OUT": (["compress", "a", "b"], "OUT is missing"),
     "one too many": (["verify", "a", "b", "c"], "unrecognized arguments: c"),
     "unknown option": (["inspect", "d", "--tensorz"], "--tensorz"),
