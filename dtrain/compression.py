@@ -7,21 +7,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dtrain.artifact import DIGEST_BYTES, Content, Record, Role
-from dtrain.delta import Delta
+from dtrain.artifact import DIGEST_BYTES, Content, Record, Role, file_digest
+from dtrain.codes import dense, fresh_values, vector_values
+from dtrain.delta import Delta, load
 from dtrain.difference import Change, digests, fingerprint, pair
 from dtrain.errors import InputError, NeedsDataError
-from dtrain.fit import Calibration, Objective, calibrate, search_q
-from dtrain.methods import Inputs, Method, Rescaled
-from dtrain.methods.method import Encoder
-from dtrain.rules import HEADS, Rules
+from dtrain.fit import Calibration, Fit, Objective, Problem, Watch, calibrate, fit_of, fit_scales
+from dtrain.methods import Dbms, Inputs, Method, Shifted
+from dtrain.methods.dbms import SPLITS
+from dtrain.methods.method import Deltas, Encoder, Groups
+from dtrain.rules import PATTERNS, FreshCode, Rules
 from dtrain.runtime import merged
-from dtrain.stages import HALF, Bits, Packed, Payload, Pipeline, Zstd, encode
+from dtrain.stages import HALF, SHARED, Bits, Packed, Payload, Pipeline, Zstd, encode
 from dtrain.stages.select import All
 from dtrain.weights import Source, Weights, read_weights, tensor_bytes, zeros
 
@@ -31,10 +35,13 @@ def compress(
     finetuned: Source,
     method: Method,
     *,
+    fit: Fit | None = None,
     objective: Objective | None = None,
     calibration: Calibration | None = None,
     rules: Rules | None = None,
+    shared: Delta | str | Path | None = None,
     training: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> Delta:
     """Compress what fine-tuning changed.
 
@@ -43,58 +50,130 @@ def compress(
             folder or a `.ckpt`. None stands for one that is zero everywhere, as for `dtrain.lora_factors`.
         finetuned: The model after it, likewise. bfloat16 and float16 are first-class; arithmetic is float32.
         method: How to compress the weights, such as `DareX(keep=0.01)`.
-        objective: What the method's scales are fitted to, on training inputs, where it has to be fitted.
-        calibration: Training inputs that show what every layer's weight is multiplied with, where the method asks.
+        fit: How scales are found after encoding, such as `Learn()`; None for the method's own way, which is none for
+            most and a search for `DareX` and `Dbms`.
+        objective: What scales are fitted to, on training inputs, where the fit asks for it.
+        calibration: Training inputs that show what every layer's weight is multiplied with, where method or fit ask.
         rules: Which tensor is treated how; the defaults suit any transformer.
+        shared: The base vector of the family, as `shared_base` makes it or its file, for `Dbms(source="shared")`.
         training: How the model was fine-tuned, JSON-serialisable, kept in the file. No times, paths or hosts.
+        watch: Called with a number and the loss after every evaluation or step of the fit.
 
     Returns:
         The delta. `delta.save(path)` writes it, `print(delta.report())` shows what it costs.
 
     Raises:
         InputError: If the models cannot be paired, do not differ, or hold NaN or inf (bitwise methods keep those).
-        NeedsDataError: If the method needs an objective or a calibration and there is none.
+        NeedsDataError: If the method or the fit needs an objective, a calibration or a base vector and there is none.
     """
     if not isinstance(method, Method):  # pyright: ignore[reportUnnecessaryIsInstance] - the likeliest slip of all
         raise InputError(f"`method` must be a method such as dtrain.Dare(keep=0.1), got {method!r}.")
     _check_json(training)
-    _check_data(method, objective, calibration)
+    fit = fit_of(method, fit)
+    _check_data(method, fit, objective, calibration)
     rules = rules or Rules()
+    if method.bitwise:
+        rules = replace(rules, embeddings=(), fresh="exact")
     tuned = read_weights(finetuned)
     changes = pair(_zeros_for(tuned) if base is None else read_weights(base), tuned, rules)
     if method.bitwise:
-        changes = [replace(c, role="bits") if c.role in ("method", "half") else c for c in changes]
+        changes = [replace(c, role="bits") if c.role in ("method", "vector", "half") else c for c in changes]
     metadata: dict[str, Any] = {"rules": _changed_rules(rules), **tuned.notes}
     inputs: dict[str, Inputs] = {}
-    if calibration is not None and method.needs_calibration:
-        method, inputs = calibrate(method, changes, calibration)
+    if calibration is not None and (method.needs_calibration or (fit is not None and fit.needs_calibration)):
+        gram = fit is not None and fit.needs == "covariance"
+        method, inputs = calibrate(method, changes, calibration, gram=gram)
         metadata["uncalibrated"] = [c.name for c in changes if c.role == "method" and c.name not in inputs]
+    family = load(shared) if isinstance(shared, (str, Path)) else shared
+    hashes = digests({change.name: change.base for change in changes if change.base is not None})
+    others = {c.name: _encode(c, method, rules) for c in changes if c.role != "method"}
+    records = {c.name: _record(c, others.get(c.name, ()), hashes) for c in changes}
+    task = _Task(changes, records, inputs, family, fit, objective, watch)
+    method, payloads, summary = _best_split(task, method)
+    records |= {name: replace(records[name], payloads=payloads[name]) for name in payloads}
     metadata["method"] = method.describe()
-    encoder = method.plan([(change.name, partial(_delta, change)) for change in changes if change.role == "method"])
-    payloads = {change.name: _encode(change, method, encoder, inputs.get(change.name)) for change in changes}
-    if any(change.role == "method" for change in changes):
+    if payloads:
         metadata["nominal_bits"] = method.nominal_bits
+    if summary:
+        metadata["fit"] = summary
     if training:
         metadata["training"] = dict(training)
-    hashes = digests({change.name: change.base for change in changes if change.base is not None})
-    records = [_record(change, payloads[change.name], hashes) for change in changes]
-    if isinstance(method, Rescaled) and method.needs == "objective" and objective is not None:
-        records, metadata["fit"] = _fit(method, changes, records, objective)
-    return Delta(Content(tuple(records), _fingerprint(changes, hashes), metadata))
+    used = any(item.pipeline == SHARED for items in payloads.values() for item in items)
+    name = file_digest(family.content) if family is not None and used else b""
+    content = Content(tuple(records.values()), _fingerprint(changes, hashes), metadata, name)
+    return Delta(content, shared=family.content if family is not None and used else None)
 
 
 def _zeros_for(tuned: Weights) -> Weights:
     return zeros((name, value.shape, value.dtype) for name, value in tuned.tensors.items() if name not in tuned.fresh)
 
 
-def _encode(change: Change, method: Method, encoder: Encoder, inputs: Inputs | None) -> tuple[Payload, ...]:
+class _Task(NamedTuple):
+    """What stays the same while a method is tried on a pair of models."""
+
+    changes: Sequence[Change]
+    records: Mapping[str, Record]  # with the payloads of all tensors that are not the method's
+    inputs: Mapping[str, Inputs]
+    family: Delta | None
+    fit: Fit | None
+    objective: Objective | None
+    watch: Watch | None
+
+
+Encoded = tuple[Method, dict[str, tuple[Payload, ...]], dict[str, Any]]
+
+
+def _best_split(task: _Task, method: Method) -> Encoded:
+    """Encode with the method, or, where it leaves its byte split open, with the split of the least loss."""
+    if not (isinstance(method, Dbms) and method.split == "search" and method.source == "own"):
+        return _by_method(task, method)
+    tried = [_by_method(task, replace(method, split=split)) for split in SPLITS]
+    return min(tried, key=lambda found: found[2].get("loss", 0.0))
+
+
+def _by_method(task: _Task, method: Method) -> Encoded:
+    """Return the method, its payloads by tensor name, and what a fit of their scales has to say."""
+    changes = {change.name: change for change in task.changes if change.role == "method"}
+    deltas = [(name, partial(_delta, change)) for name, change in changes.items()]
+    masks: list[tuple[Encoder, dict[str, Groups]]] = []
+    for draw in range(1 if task.fit is None else task.fit.draws):
+        encoder = _encoder(method.reseeded(draw), deltas, task.family)
+        masks.append((encoder, {name: _groups(encoder, name, get(), task.inputs.get(name)) for name, get in deltas}))
+    encoder, groups = masks[0]
+    if task.fit is None or not changes:
+        whole = {name: _stored(encoder, found) for name, found in groups.items()}
+        return method, {name: tuple(chain(*found)) for name, found in whole.items()}, {}
+    rest: dict[str, Tensor] = {}
+    if task.objective is not None:
+        left = [change for change in task.changes if change.role not in ("method", "base_only")]
+        rest = {change.name: merged(task.records[change.name], change.base) for change in left}
+    problem = Problem(method, task.changes, masks, task.inputs, rest, task.objective, task.watch)
+    fitted, summary = fit_scales(task.fit, problem)
+    return method, {name: tuple(chain(*found)) for name, found in fitted.items()}, summary
+
+
+def _encoder(method: Method, deltas: Deltas, family: Delta | None) -> Encoder:
+    if not isinstance(method, Dbms):
+        return method.plan(deltas)
+    shared = None if family is None else {r.name: r.payloads for r in family.content.records if r.role is Role.ADD}
+    return method.encoder(deltas, shared)
+
+
+def _groups(encoder: Encoder, name: str, delta: Tensor, inputs: Inputs | None) -> Groups:
+    try:
+        return encoder.groups(name, delta, inputs) if isinstance(encoder, Shifted) else (encoder(name, delta, inputs),)
+    except InputError as error:
+        raise InputError(f"tensor {name!r}: {error}") from error
+
+
+def _stored(encoder: Encoder, groups: Groups) -> Groups:
+    return (encoder.stored(groups[0]), groups[1]) if isinstance(encoder, Shifted) else groups
+
+
+def _encode(change: Change, method: Method, rules: Rules) -> tuple[Payload, ...]:
     match change.role:
-        case "method":
-            delta = _delta(change)
-            try:
-                return encoder(change.name, delta, inputs)
-            except InputError as error:
-                raise InputError(f"tensor {change.name!r}: {error}") from error
+        case "vector":
+            return (encode(dense(vector_values(rules.vectors, change.tuned.dtype)), change.name, _delta(change)),)
         case "half":
             return (encode(HALF, change.name, _delta(change)),)
         case "bits":
@@ -103,16 +182,18 @@ def _encode(change: Change, method: Method, encoder: Encoder, inputs: Inputs | N
             return (_bitwise(change.name, change.tuned, change.base),)
         case "whole":
             _finite(change.name, change.tuned, allow=method.bitwise)
-            return (_bitwise(change.name, change.tuned, None),)
+            return (_whole(change.name, change.tuned, rules.fresh),)
         case _:
             return ()
 
 
-def _bitwise(name: str, tuned: Tensor, base: Tensor | None) -> Payload:
-    bits = Bits(tuned.dtype.itemsize)
-    raw = tensor_bytes(tuned)
-    if base is None:
-        return encode(Pipeline(All(), bits, Packed()), name, raw)
+def _whole(name: str, tuned: Tensor, code: FreshCode) -> Payload:
+    quantise = fresh_values(code, tuned.shape, tuned.dtype)
+    return encode(dense(quantise), name, tensor_bytes(tuned) if isinstance(quantise, Bits) else tuned.float())
+
+
+def _bitwise(name: str, tuned: Tensor, base: Tensor) -> Payload:
+    bits, raw = Bits(tuned.dtype.itemsize), tensor_bytes(tuned)
     if base.dtype != tuned.dtype:
         raise InputError(
             f"tensor {name!r} is {base.dtype} in the base and {tuned.dtype} in the fine-tuned model. "
@@ -137,8 +218,8 @@ def _finite(name: str, values: Tensor, *, allow: bool = False) -> Tensor:
 
 
 def _record(change: Change, payloads: tuple[Payload, ...], hashes: Mapping[str, bytes]) -> Record:
-    roles = {"method": Role.ADD, "half": Role.ADD, "bits": Role.XOR, "whole": Role.WHOLE}
-    others = {"same": Role.SAME, "drop": Role.DROP, "base_only": Role.BASE_ONLY}
+    roles = {"method": Role.ADD, "vector": Role.ADD, "half": Role.ADD, "bits": Role.XOR, "whole": Role.WHOLE}
+    others = {"same": Role.SAME, "drop": Role.DROP, "embedding": Role.DROP, "base_only": Role.BASE_ONLY}
     digest = hashes[change.name][:DIGEST_BYTES] if change.base is not None else b""
     shape = tuple(change.tuned.shape)
     return Record(change.name, {**roles, **others}[change.role], change.tuned.dtype, shape, digest, payloads)
@@ -149,40 +230,24 @@ def _fingerprint(changes: Sequence[Change], hashes: Mapping[str, bytes]) -> byte
     return fingerprint((c.name, hashes[c.name]) for c in changes if c.base is not None and c.role != "base_only")
 
 
-def _fit(
-    method: Rescaled, changes: Sequence[Change], records: Sequence[Record], objective: Objective
-) -> tuple[list[Record], dict[str, Any]]:
-    rest = {
-        record.name: merged(record, change.base)
-        for record, change in zip(records, changes, strict=True)
-        if change.role not in ("method", "base_only")
-    }
-    fit = search_q(method, changes, rest, objective)
-    scaled = [
-        replace(r, payloads=tuple(replace(p, scale=p.scale / fit.q[r.name]) for p in r.payloads))
-        if r.name in fit.q
-        else r
-        for r in records
-    ]
-    start = fit.start if math.isfinite(fit.start) else None  # at 1/keep the model may overflow
-    q = sorted(fit.q.values()) or [1.0]
-    summary = {"objective": objective.label, "q": [q[0], q[-1]], "loss": fit.loss, "loss_at_dare": start}
-    return scaled, {**summary, "evaluations": fit.evaluations}
-
-
-def _check_data(method: Method, objective: Objective | None, calibration: Calibration | None) -> None:
+def _check_data(method: Method, fit: Fit | None, objective: Objective | None, calibration: Calibration | None) -> None:
     name = type(method).__name__
+    if not isinstance(fit, Fit | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"`fit` must be a fit such as dtrain.Learn(), got {fit!r}.")
+    if fit is not None and method.bitwise:
+        raise InputError(f"{name} has no scales that could be fitted. Leave `fit` out, or use a lossy method.")
     if not isinstance(calibration, Calibration | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"`calibration` must be dtrain.Calibration(model, batches), got {type(calibration).__name__}.")
-    if method.needs == "objective" and objective is None:
+    if fit is not None and fit.needs == "objective" and objective is None:
+        fixed = {"DareX": "q='norm' or a number need", "Dbms": "numbers for lam and eta need"}.get(name, "no fit needs")
         raise NeedsDataError(
-            f"{name} searches q on training inputs but got no objective. Pass "
-            "objective=dtrain.HiddenChange(model, batches) or dtrain.Metric(model, evaluate), or fix q: q='norm' or a "
-            "number need no data."
+            f"{name} with {type(fit).__name__} fits scales on training inputs but got no objective. Pass "
+            f"objective=dtrain.HiddenChange(model, batches) or dtrain.Metric(model, evaluate); {fixed} no data."
         )
-    if method.needs_calibration and calibration is None:
+    wanted = method if method.needs_calibration else fit if fit is not None and fit.needs_calibration else None
+    if wanted is not None and calibration is None:
         raise NeedsDataError(
-            f"{name} looks at the {method.needs} of every layer but got no calibration. Pass "
+            f"{type(wanted).__name__} looks at the inputs of every layer but got no calibration. Pass "
             "calibration=dtrain.Calibration(model, batches) with batches of training inputs."
         )
 
@@ -195,7 +260,11 @@ def _check_json(training: Mapping[str, Any] | None) -> None:
 
 
 def _changed_rules(rules: Rules) -> dict[str, Any]:
-    """Return the rules that differ from the defaults, so that a file pays only for what was asked for."""
+    """Return the rules that differ from the defaults, so that a file pays only for what was asked for.
+
+    Codes of vectors and fresh tensors need no word where they are the defaults: every payload states its own.
+    """
     default = asdict(Rules())
-    changed = {key: list(value) for key, value in asdict(rules).items() if value != default[key]}
-    return changed | ({"whole": "heads"} if rules.whole == HEADS else {})
+    lists = {key: list(value) if key in PATTERNS else value for key, value in asdict(rules).items()}
+    changed = {key: value for key, value in lists.items() if value != list(default[key]) and value != default[key]}
+    return {"whole": "heads", "embeddings": "encoders"} | changed

@@ -2,17 +2,45 @@
 
 from dtrain.fit.attention import calibrate
 from dtrain.fit.calibration import Calibration
-from dtrain.fit.objective import HiddenCapture, HiddenChange, Metric, Objective, mean_change
-from dtrain.fit.search import QFit, search_q
+from dtrain.fit.closed_form import ClosedForm
+from dtrain.fit.fit import Fit, Found
+from dtrain.fit.learn import Learn
+from dtrain.fit.objective import (
+    Differentiable,
+    HiddenCapture,
+    HiddenChange,
+    LogitChange,
+    Metric,
+    Objective,
+    OutputChange,
+    mean_change,
+)
+from dtrain.fit.problem import Problem, Watch
+from dtrain.fit.scales import fit_of, fit_scales
+from dtrain.fit.search import Search
+
+#: Every fit, in the order in which they are listed.
+FITS: tuple[type[Fit], ...] = (ClosedForm, Search, Learn)
 
 __all__ = [
+    "FITS",
     "Calibration",
+    "ClosedForm",
+    "Differentiable",
+    "Fit",
+    "Found",
     "HiddenCapture",
     "HiddenChange",
+    "Learn",
+    "LogitChange",
     "Metric",
     "Objective",
-    "QFit",
+    "OutputChange",
+    "Problem",
+    "Search",
+    "Watch",
     "calibrate",
+    "fit_of",
+    "fit_scales",
     "mean_change",
-    "search_q",
 ]

@@ -12,7 +12,7 @@ from dtrain.difference import Change
 from dtrain.errors import InputError
 from dtrain.fit.calibration import Calibration
 from dtrain.fit.trial import Trial
-from dtrain.methods import DeltaDQ, EoRA, Inputs, Method
+from dtrain.methods import Dbms, DeltaDQ, EoRA, Inputs, Method
 from dtrain.progress import progress
 from dtrain.stages import rebuild
 
@@ -23,13 +23,16 @@ _PAIRS = (("query", "key"), ("q_proj", "k_proj"), ("q_lin", "k_lin"), ("to_q", "
 _FUSED = ("qkv", "Wqkv", "c_attn", "in_proj_weight")
 
 
-def calibrate(method: Method, changes: Sequence[Change], calibration: Calibration) -> tuple[Method, dict[str, Inputs]]:
+def calibrate(
+    method: Method, changes: Sequence[Change], calibration: Calibration, *, gram: bool = False
+) -> tuple[Method, dict[str, Inputs]]:
     """Measure what every weight sees in the fine-tuned model, and settle what the method searches on it.
 
     Args:
-        method: One that needs "inputs" or their "covariance".
+        method: One that looks at inputs, or whose scales are fitted to them.
         changes: All tensors of the fine-tuned model.
         calibration: Its module is written to, and holds what it held before afterwards.
+        gram: Whether to measure covariances even if the method does not ask for them.
 
     Returns:
         The method, with a number in place of a searched one (its own or its host's), and the inputs by tensor name.
@@ -38,12 +41,16 @@ def calibrate(method: Method, changes: Sequence[Change], calibration: Calibratio
     names = [change.name for change in changes if change.role == "method"]
     with Trial(calibration.module, tuned) as trial:
         trial.write(tuned)
-        inputs = calibration.collect(names, gram=method.needs == "covariance")
+        inputs = calibration.collect(names, gram=gram or method.needs_covariance)
+    return _settled(method, changes, inputs), inputs
+
+
+def _settled(method: Method, changes: Sequence[Change], inputs: Mapping[str, Inputs]) -> Method:
     if isinstance(method, DeltaDQ) and method.group == "search":
-        method = replace(method, group=search_group(method, changes, inputs))
-    if isinstance(method, EoRA) and isinstance(method.host, DeltaDQ) and method.host.group == "search":
-        method = replace(method, host=replace(method.host, group=search_group(method.host, changes, inputs)))
-    return method, inputs
+        return replace(method, group=search_group(method, changes, inputs))
+    if isinstance(method, (EoRA, Dbms)):
+        return replace(method, host=_settled(method.host, changes, inputs))
+    return method
 
 
 def search_group(method: DeltaDQ, changes: Sequence[Change], inputs: Mapping[str, Inputs]) -> int:

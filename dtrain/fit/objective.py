@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import l1_loss, log_softmax, mse_loss
 
 from dtrain.errors import InputError
-from dtrain.fit.running import call, run
+from dtrain.fit.running import call, run, with_tensors
+
+Measure = Literal["mse", "top", "kl"]
 
 
 @runtime_checkable
@@ -27,6 +32,25 @@ class Objective(Protocol):
 
     def loss(self) -> float:
         """Return the loss of the weights now in place; lower is better."""
+        ...
+
+
+@runtime_checkable
+class Differentiable(Objective, Protocol):
+    """An objective that is a mean over batches and has gradients, so that scales can be learnt from it."""
+
+    @property
+    def batches(self) -> int:
+        """Number of batches."""
+        ...
+
+    def batch_loss(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the loss of one batch, a scalar.
+
+        Args:
+            index: Number of the batch.
+            tensors: Stand in for the module's own of these names, and get gradients; None for no gradients.
+        """
         ...
 
 
@@ -55,7 +79,73 @@ class Metric:
         return self._sign * float(self._evaluate(self.module))
 
 
-class HiddenChange:
+class OutputChange(ABC):
+    """How much something that the model computes differs from what the fine-tuned model computes, on unlabelled inputs.
+
+    Args:
+        module: The model; its tensor names are the delta's.
+        batches: Training inputs without augmentation. A mapping is passed by keyword, a sequence by position, anything
+            else as the only argument. Padding is left out where a mapping has an `attention_mask` that fits.
+        forward: Runs the model on one batch, where calling the module on it is not right.
+
+    Raises:
+        InputError: If there are no batches.
+    """
+
+    label: str
+
+    def __init__(
+        self, module: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], object] | None = None
+    ) -> None:
+        self.module, self._batches, self._forward = module, list(batches), forward or call
+        if not self._batches:
+            raise InputError("`batches` is empty. Give at least one batch of training inputs.")
+        self._target: list[Tensor] = []
+
+    @property
+    def batches(self) -> int:
+        """Number of batches."""
+        return len(self._batches)
+
+    def remember(self) -> None:
+        """Cache what the fine-tuned model computes."""
+        self._target = [self._seen(batch, None) for batch in self._batches]
+
+    def loss(self) -> float:
+        """Return the mean over all elements of all batches."""
+        self._check_target()
+        total = sum(float(self.batch_loss(i)) * target.numel() for i, target in enumerate(self._target))
+        return total / max(1, sum(target.numel() for target in self._target))
+
+    def batch_loss(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the loss of one batch, a scalar in float32, differentiable with respect to `tensors`."""
+        self._check_target()
+        target = self._target[index]
+        return self._compare(self._seen(self._batches[index], tensors), target) if target.numel() else torch.zeros(())
+
+    def _seen(self, batch: Any, tensors: Mapping[str, Tensor] | None) -> Tensor:
+        if tensors is None:
+            found = self._look(batch, grad=False)
+        else:
+            found = with_tensors(self.module, tensors, lambda: self._look(batch, grad=True))
+        return _without_padding(found, batch).float()
+
+    def _check_target(self) -> None:
+        if not self._target:
+            raise InputError(
+                f"{type(self).__name__} has nothing to compare with. Call remember() with the fine-tuned weights first."
+            )
+
+    @abstractmethod
+    def _look(self, batch: Any, *, grad: bool) -> Tensor:
+        """Run the model on a batch and return what is compared."""
+
+    @abstractmethod
+    def _compare(self, found: Tensor, target: Tensor) -> Tensor:
+        """Return the mean difference, a scalar."""
+
+
+class HiddenChange(OutputChange):
     """Mean absolute change of the last hidden state, on unlabelled inputs (q_e of DAREx, for encoders).
 
     The last hidden state is taken to be the input of the linear layer that runs last (a reading that holds for any
@@ -64,8 +154,41 @@ class HiddenChange:
     Args:
         module: The model; its tensor names are the delta's.
         batches: Training inputs without augmentation. A mapping is passed by keyword, a sequence by position, anything
-            else as the only argument.
+            else as the only argument. Padding is left out where a mapping has an `attention_mask` that fits.
         forward: Runs the model on one batch, where calling the module on it is not right.
+
+    Raises:
+        InputError: If there are no batches.
+    """
+
+    label = "hidden change"
+
+    def _look(self, batch: Any, *, grad: bool) -> Tensor:
+        with HiddenCapture(self.module) as capture:
+            output = run(self.module, self._forward, batch, grad=grad)
+        hidden = capture.last if capture.last is not None else output
+        if not isinstance(hidden, Tensor):
+            raise InputError(f"the model returns {type(hidden).__name__} and runs no linear layer. Pass forward=.")
+        return hidden
+
+    def _compare(self, found: Tensor, target: Tensor) -> Tensor:
+        return l1_loss(found, target)
+
+
+class LogitChange(OutputChange):
+    """Change of the model's logits, on unlabelled inputs (BitDelta's distillation; q_e of DAREx, for decoders).
+
+    Args:
+        module: The model; its tensor names are the delta's. It returns a tensor, or something with `logits`.
+        batches: Training inputs without augmentation. A mapping is passed by keyword, a sequence by position, anything
+            else as the only argument. Padding is left out where a mapping has an `attention_mask` that fits.
+        forward: Runs the model on one batch, where calling the module on it is not right.
+        measure: "mse" for the mean squared change of all logits; "top" for that of the `top` greatest logits of the
+            fine-tuned model; "kl" for the divergence of the softmax from the fine-tuned model's, in nats per element.
+        top: Logits that "top" looks at, at least 1.
+
+    Raises:
+        InputError: If there are no batches, or an argument is out of its range.
     """
 
     def __init__(
@@ -73,32 +196,31 @@ class HiddenChange:
         module: nn.Module,
         batches: Iterable[Any],
         forward: Callable[[nn.Module, Any], object] | None = None,
+        measure: Measure = "mse",
+        top: int = 5,
     ) -> None:
-        self.module, self._batches, self._forward = module, list(batches), forward or call
-        if not self._batches:
-            raise InputError("`batches` is empty. Give at least one batch of training inputs.")
-        self._target: list[Tensor] = []
-        self.label = "hidden change"
+        super().__init__(module, batches, forward)
+        if measure not in ("mse", "top", "kl"):
+            raise InputError(f"`measure` must be 'mse', 'top' or 'kl', got {measure!r}.")
+        if top < 1:
+            raise InputError(f"`top` must be at least 1, got {top}. The paper uses top=5.")
+        self._measure: Measure = measure
+        self._top = top
+        self.label = {"mse": "logit mse", "top": f"top-{top} logit mse", "kl": "logit divergence"}[measure]
 
-    def remember(self) -> None:
-        """Cache the hidden states of the fine-tuned model."""
-        self._target = [self._hidden(batch) for batch in self._batches]
+    def _look(self, batch: Any, *, grad: bool) -> Tensor:
+        return _logits(run(self.module, self._forward, batch, grad=grad))
 
-    def loss(self) -> float:
-        """Return the mean of |h_finetuned - h| over all batches."""
-        if not self._target:
-            raise InputError(
-                "HiddenChange has nothing to compare with. Call remember() with the fine-tuned weights first."
-            )
-        return mean_change((self._hidden(batch) for batch in self._batches), self._target)
-
-    def _hidden(self, batch: Any) -> Tensor:
-        with HiddenCapture(self.module) as capture:
-            output = run(self.module, self._forward, batch)
-        hidden = capture.last if capture.last is not None else output
-        if not isinstance(hidden, Tensor):
-            raise InputError(f"the model returns {type(hidden).__name__} and runs no linear layer. Pass forward=.")
-        return hidden.float()
+    def _compare(self, found: Tensor, target: Tensor) -> Tensor:
+        if self._measure == "kl":
+            if target.shape[-1] < 2:
+                raise InputError("measure='kl' compares classes, and the model has one output. Use measure='mse'.")
+            teacher, student = log_softmax(target, -1), log_softmax(found, -1)
+            return (teacher.exp() * (teacher - student)).mean()
+        if self._measure == "top":
+            best = target.topk(min(self._top, target.shape[-1]), dim=-1).indices
+            return mse_loss(found.gather(-1, best), target.gather(-1, best))
+        return mse_loss(found, target)
 
 
 def mean_change(hidden: Iterable[Tensor], target: Sequence[Tensor]) -> float:
@@ -124,4 +246,29 @@ class HiddenCapture:
             hook.remove()
 
     def _keep(self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self.last = (arguments[0] if arguments else named["input"]).detach()
+        self.last = arguments[0] if arguments else named["input"]
+
+
+def _logits(output: object) -> Tensor:
+    """Return the logits among what a model returns: a tensor, an object or mapping with `logits`, or a tuple's first."""
+    found: object = output
+    if isinstance(output, Mapping):
+        found = cast("Mapping[str, object]", output).get("logits")
+    elif not isinstance(output, Tensor):
+        found = getattr(output, "logits", None)
+    if found is None and isinstance(output, (tuple, list)):
+        found = next(iter(cast("Sequence[object]", output)), None)
+    if not isinstance(found, Tensor) or not found.ndim:
+        raise InputError(
+            f"the model returns {type(output).__name__}, in which no logits were found. Pass forward=, a function of "
+            "the model and the batch that returns them."
+        )
+    return found
+
+
+def _without_padding(found: Tensor, batch: Any) -> Tensor:
+    """Return the rows of real tokens, where the batch says which those are and `found` has a row for each token."""
+    mask = cast("Mapping[str, Any]", batch).get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or found.ndim < 3 or mask.shape != found.shape[:2]:
+        return found
+    return found[mask.to(found.device).bool()]

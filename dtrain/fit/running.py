@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dtrain.errors import InputError
 from dtrain.weights import read_weights
+
+_Result = TypeVar("_Result")
 
 
 def tensors_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -29,10 +32,16 @@ def tensors_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def run(module: nn.Module, forward: Callable[[nn.Module, Any], object], batch: Any) -> object:
-    """Return what `forward` makes of `module` and `batch`, in evaluation mode and without gradients.
+def run(module: nn.Module, forward: Callable[[nn.Module, Any], object], batch: Any, *, grad: bool = False) -> object:
+    """Return what `forward` makes of `module` and `batch`, in evaluation mode.
 
     Compiled code runs eagerly: it does not pass through Python, where hooks and watchers are.
+
+    Args:
+        module: The model.
+        forward: Runs it.
+        batch: What it is run on.
+        grad: Whether the result is to have gradients.
 
     Raises:
         InputError: If the module cannot be called on the batch.
@@ -40,7 +49,7 @@ def run(module: nn.Module, forward: Callable[[nn.Module, Any], object], batch: A
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.set_grad_enabled(grad), torch.compiler.set_stance("force_eager"):
             return forward(module, batch)
     except TypeError as error:
         raise InputError(
@@ -50,6 +59,25 @@ def run(module: nn.Module, forward: Callable[[nn.Module, Any], object], batch: A
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], work: Callable[[], _Result]) -> _Result:
+    """Return what `work` returns while `tensors` stand in for the module's own of these names, and for those tied."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    own = {name.replace("_orig_mod.", ""): name for name, _ in named}
+    return functional_call(_Stage(module, work), {f"module.{own[name]}": value for name, value in tensors.items()}, ())
+
+
+class _Stage(nn.Module):
+    """A module around another, so that `functional_call` can run anything that calls the inner one."""
+
+    def __init__(self, module: nn.Module, work: Callable[[], Any]) -> None:
+        super().__init__()
+        self.module, self._work = module, work
+
+    def forward(self) -> Any:
+        """Do the work."""
+        return self._work()
 
 
 def call(module: nn.Module, batch: Any) -> object:

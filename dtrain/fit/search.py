@@ -1,132 +1,112 @@
-"""DAREx-q: search the rescaling q that an objective likes best."""
+"""Search: try scales, and keep what the objective likes best."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from dtrain.difference import Change
 from dtrain.errors import InputError
-from dtrain.fit.objective import Objective
-from dtrain.fit.trial import Candidate, Trial, candidate
-from dtrain.methods import Rescaled
-from dtrain.progress import Advance, progress
+from dtrain.fit.base_shift import Scan, search_shift
+from dtrain.fit.fit import Fit, Found
+from dtrain.fit.problem import Factors, Problem, Range
+from dtrain.methods.method import check_choice, check_type
+from dtrain.progress import progress
 
 _GRID = 13  # points of the first grid: a factor of 1.47 apart at keep=0.01
 _REFINE = 5  # points of the second, between the neighbours of the best
 _GOLDEN = 12  # steps: the bracket shrinks to 1/123 of its length
-_LAYER_STEP = math.log(2) / 2  # one layer's q moves by a factor of 1.41 at a time
+_STEP = math.log(2) / 2  # one tensor's scale moves by a factor of 1.41 at a time
+
+Loss = Callable[[float], float]
 
 
 @dataclass(frozen=True)
-class QFit:
-    """What a search found.
+class Search(Fit):
+    """Try scales on a logarithmic range, by evaluating the objective and nothing else.
+
+    For a method with a q, 1/q goes from 1 to 1/keep, as in DAREx (arXiv 2410.09344, section 4); for others the scale
+    goes from a quarter of the method's own to four times. Of two scales, as in `Dbms`, the shift is tried on a grid and
+    the other searched at each of its points. Works with any objective, a task metric among them; of points that are
+    equally good the middle one is taken.
 
     Args:
-        q: One q per tensor; all the same where the scope is the model.
-        loss: The objective at it, averaged over the masks.
-        start: The objective at q = keep (plain DARE).
-        evaluations: How often the objective was evaluated.
-    """
-
-    q: dict[str, float]
-    loss: float
-    start: float
-    evaluations: int
-
-
-def search_q(method: Rescaled, changes: Sequence[Change], rest: Mapping[str, Tensor], objective: Objective) -> QFit:
-    """Search q for one method on one pair of models.
-
-    Args:
-        method: Says the rate, the masks to average over, the scope and the search.
-        changes: All tensors of the fine-tuned model; those of role "method" get a q.
-        rest: The other tensors as they will be after decoding, by name.
-        objective: Evaluated on training inputs. Its module is written to, and holds what it held before afterwards.
+        per: One scale for the "model"; or one for every "tensor", moved one after the other from the model's.
+        scan: "grid": an even grid, refined once around its best point; "golden": golden-section search.
+        masks: Number of random masks the objective is averaged over. The file holds the first.
 
     Raises:
-        InputError: If the objective is NaN or infinite wherever it was evaluated.
+        InputError: If an argument is out of its range.
     """
-    # The models given may be the very module that is written to: what is read later must not move with it.
-    changes = [
-        replace(c, base=None if c.base is None else c.base.clone(), tuned=c.tuned.clone()) if c.role == "method" else c
-        for c in changes
-    ]
-    tuned = {change.name: change.tuned for change in changes if change.role != "base_only"}
-    with Trial(objective.module, tuned) as trial, progress(f"searching q ({objective.label})") as advance:
-        trial.write(tuned)
-        objective.remember()
-        trial.write(rest)
-        compressed = [change for change in changes if change.role == "method"]
-        evaluate = _Evaluator(method, compressed, trial, objective, advance)
-        span = math.log(1 / method.keep)  # everything below is in x = log(1/q), from 0 to span
-        scan = _scan_grid if method.search == "grid" else _scan_golden
-        seen = scan(lambda x: evaluate({c.name: x for c in compressed}), span)
-        best = _best(seen)
-        x = {change.name: best for change in compressed}
-        loss = seen[best]
-        if method.scope == "layer":
-            x, loss = _descend(evaluate, x, loss, span)
-    q = {name: math.exp(-value) for name, value in x.items()}
-    return QFit(q, loss, seen[span], evaluate.count)
 
+    per: Literal["model", "tensor"] = "model"
+    scan: Literal["grid", "golden"] = "grid"
+    masks: int = 1
 
-class _Evaluator:
-    """The objective as a function of log(1/q) per tensor, averaged over several masks."""
+    def __post_init__(self) -> None:
+        check_choice("per", self.per, ("model", "tensor"))
+        check_choice("scan", self.scan, ("grid", "golden"))
+        check_type("masks", self.masks, int)
+        if self.masks < 1:
+            raise InputError(f"`masks` must be at least 1, got {self.masks}. Use masks=3 for a stable scale.")
 
-    def __init__(
-        self, method: Rescaled, changes: Sequence[Change], trial: Trial, objective: Objective, advance: Advance
-    ) -> None:
-        self._trial, self._objective, self._advance = trial, objective, advance
-        self._base = {change.name: _base(change) for change in changes}
-        self._masks = [
-            self._candidates(replace(method, seed=(method.seed + i) % 2**64), changes) for i in range(method.masks)
-        ]
-        self.count = 0
+    @property
+    def draws(self) -> int:
+        """Number of random masks."""
+        return self.masks
 
-    def __call__(self, x: Mapping[str, float]) -> float:
-        factors = {name: math.exp(value) for name, value in x.items()}
-        losses: list[float] = []
-        for mask in self._masks:
-            self._trial.write(self._base)
-            self._trial.rescale(mask, factors)
-            losses.append(self._objective.loss())
-        mean = sum(losses) / len(losses)
-        self.count += 1
-        self._advance(f"loss {mean:.5g}")
-        return mean if math.isfinite(mean) else math.inf
+    def run(self, problem: Problem) -> Found:
+        """Evaluate, compare, keep the best."""
+        label = "" if problem.objective is None else problem.objective.label
+        with progress(f"searching scales ({label})") as advance:
 
-    def _candidates(self, method: Rescaled, changes: Sequence[Change]) -> dict[str, Candidate]:
-        out: dict[str, Candidate] = {}
-        for change in changes:
-            payloads = method.encode(change.name, change.delta())
-            out[change.name] = candidate(
-                change.name, _base(change), payloads, change.tuned.dtype, self._trial.device(change.name)
+            def evaluate(x: Factors) -> float:
+                loss = problem.evaluate(x)
+                advance(f"loss {loss:.5g}")
+                return loss
+
+            scan = _scan_grid if self.scan == "grid" else _scan_golden
+            x, start, loss = (
+                search_shift(problem, evaluate, scan) if problem.groups == 2 else _global(problem, evaluate, scan)
             )
-        return out
+            if self.per == "tensor":
+                x, loss = _descend(evaluate, x, loss, problem.range)
+        return Found(x, start, loss, {"evaluations": problem.evaluations})
 
 
-def _scan_grid(loss: Callable[[float], float], span: float) -> dict[float, float]:
-    """Evaluate an even grid on [0, span], then a finer one between the neighbours of the best point."""
-    step = span / (_GRID - 1)
-    seen = {x: loss(x) for x in dict.fromkeys((*(step * i for i in range(_GRID - 1)), span))}
-    best = _best(seen)
-    low, high = max(0.0, best - step), min(span, best + step)
+def _global(problem: Problem, evaluate: Callable[[Factors], float], scan: Scan) -> tuple[Factors, float, float]:
+    """Return the best scale for all tensors, the loss at the start and the loss at it."""
+    seen = scan(lambda value: evaluate(problem.constant(value)), problem.range)
+    best = best_of(seen)
+    return problem.constant(best), seen[problem.range.start], seen[best]
+
+
+def _scan_grid(loss: Loss, where: Range) -> dict[float, float]:
+    """Evaluate an even grid and the start, then a finer grid between the neighbours of the best point."""
+    low, start, high = where
+    step = (high - low) / (_GRID - 1)
+    grid = (*(low + step * i for i in range(_GRID - 1)), high)
+    near = min(grid, key=lambda x: abs(x - start))
+    if abs(near - start) < 1e-9:  # one and the same but for rounding
+        grid = tuple(start if x == near else x for x in grid)
+    seen = {x: loss(x) for x in dict.fromkeys((*grid, start))}
+    best = best_of(seen)
+    left, right = max(low, best - step), min(high, best + step)
     for i in range(1, _REFINE + 1):
-        x = low + (high - low) * i / (_REFINE + 1)
+        x = left + (right - left) * i / (_REFINE + 1)
         if x not in seen:
             seen[x] = loss(x)
     return seen
 
 
-def _scan_golden(loss: Callable[[float], float], span: float) -> dict[float, float]:
-    """Golden-section search on [0, span] (Kiefer 1953), which takes the loss to have one valley."""
+def _scan_golden(loss: Loss, where: Range) -> dict[float, float]:
+    """Golden-section search (Kiefer 1953), which takes the loss to have one valley."""
     ratio = (math.sqrt(5) - 1) / 2
-    low, high = 0.0, span
-    seen = {x: loss(x) for x in dict.fromkeys((0.0, span))}
+    low, start, high = where
+    seen = {x: loss(x) for x in dict.fromkeys((low, start, high))}
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     for _ in range(_GOLDEN - 2):
         for x in (left, right):
@@ -141,23 +121,25 @@ def _scan_golden(loss: Callable[[float], float], span: float) -> dict[float, flo
     return seen
 
 
-def _best(seen: Mapping[float, float]) -> float:
-    """Return the x of the least loss; of several (a metric has plateaus) the middle one."""
+def best_of(seen: Mapping[float, float]) -> float:
+    """Return the x of the least loss; of several (a metric has plateaus) the middle one.
+
+    Raises:
+        InputError: If there is none that is finite.
+    """
     least = min(seen.values())
     if not math.isfinite(least):
-        raise InputError("the objective is NaN or infinite for every q. Check the model and the calibration inputs.")
+        raise InputError("the objective is NaN or infinite for every scale. Check the model and the training inputs.")
     ties = sorted(x for x, value in seen.items() if value == least)
     return ties[len(ties) // 2]
 
 
-def _descend(
-    evaluate: Callable[[Mapping[str, float]], float], x: dict[str, float], loss: float, span: float
-) -> tuple[dict[str, float], float]:
-    """Move one tensor's q after the other for as long as the loss falls: it can only get better than one q for all."""
+def _descend(evaluate: Callable[[Factors], float], x: Factors, loss: float, where: Range) -> tuple[Factors, float]:
+    """Move one tensor's last scale after the other for as long as the loss falls: it can only get better."""
     for name in x:
-        for step in (_LAYER_STEP, -_LAYER_STEP):
+        for step in (_STEP, -_STEP):
             improved = False
-            while 0.0 <= (moved := x[name] + step) <= span:
+            while where.low <= float((moved := _moved(x[name], step))[-1, 0]) <= where.high:
                 trial = evaluate({**x, name: moved})
                 if not trial < loss:
                     break
@@ -167,7 +149,7 @@ def _descend(
     return x, loss
 
 
-def _base(change: Change) -> Tensor:
-    if change.base is None:
-        raise InputError(f"tensor {change.name!r} is new in the fine-tuned model and has no base.")
-    return change.base
+def _moved(x: Tensor, step: float) -> Tensor:
+    out = x.clone()
+    out[-1] += step
+    return out

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +10,8 @@ from torch import Tensor, nn
 from dtrain.errors import InputError
 from dtrain.fit.running import tensors_of
 from dtrain.runtime import add, write
-from dtrain.stages import Decoded, Payload, decode
-
-
-class Candidate(NamedTuple):
-    """One tensor whose scales are to be fitted."""
-
-    base: Tensor
-    decoded: tuple[Decoded, ...]
-    scales: tuple[float, ...]
-    dtype: torch.dtype
-
-
-def candidate(
-    name: str, base: Tensor, payloads: Sequence[Payload], dtype: torch.dtype, device: torch.device
-) -> Candidate:
-    """Return the candidate of one tensor, decoded onto `device`."""
-    decoded = tuple(decode(payload, name, base.shape, device) for payload in payloads)
-    return Candidate(base.to(device), decoded, tuple(payload.scale for payload in payloads), dtype)
+from dtrain.stages import Decoded
+from dtrain.weights import tensor_bytes
 
 
 class Trial:
@@ -36,26 +19,30 @@ class Trial:
 
     Args:
         module: Its tensors are written to.
-        names: The tensors that will be written to.
+        tuned: The tensors that will be written to, with the fine-tuned weights of these names.
 
     Raises:
         InputError: If the module lacks one of them.
     """
 
-    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
-        self._tensors = tensors_of(module, names)
+    def __init__(self, module: nn.Module, tuned: Mapping[str, Tensor]) -> None:
+        self._tensors, self._tuned = tensors_of(module, tuned), tuned
         self._found: dict[str, Tensor] = {}
 
     def __enter__(self) -> Trial:
-        self._found = {name: tensor.clone() for name, tensor in self._tensors.items()}
+        # Where the module holds the fine-tuned weights, as it mostly does, they need not be copied to be put back.
+        self._found = {
+            name: self._tuned[name] if _is_copy(self._tuned[name], tensor) else tensor.clone()
+            for name, tensor in self._tensors.items()
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
         self.write(self._found)
 
-    def device(self, name: str) -> torch.device:
-        """Return the device of the module's tensor called `name`."""
-        return self._tensors[name].device
+    def tensor(self, name: str) -> Tensor:
+        """Return the module's tensor called `name`, which shares its memory."""
+        return self._tensors[name]
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Tensor]) -> None:
@@ -69,8 +56,18 @@ class Trial:
             self._tensors[name].copy_(value)
 
     @torch.no_grad()
-    def rescale(self, candidates: Mapping[str, Candidate], factors: Mapping[str, float]) -> None:
-        """Put W0 + factor * scale * decoded in place, by the very arithmetic that `Delta.apply_` uses."""
-        for name, item in candidates.items():
-            scales = [factors[name] * scale for scale in item.scales]
-            write(self._tensors[name], add(item.base, item.decoded, scales, item.dtype))
+    def put(self, name: str, base: Tensor, decoded: Sequence[Decoded], scales: Sequence[float]) -> None:
+        """Put W0 + sum of scale * decoded in place, by the very arithmetic that `Delta.apply_` uses."""
+        tensor = self._tensors[name]
+        write(tensor, add(base.to(tensor.device), decoded, scales, self._tuned[name].dtype))
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors lie in the same storage."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _is_copy(a: Tensor, b: Tensor) -> bool:
+    """Return whether `a` holds the same bits as `b`, in memory of its own."""
+    same = (a.dtype, a.shape) == (b.dtype, b.shape) and not share_memory(a, b)
+    return same and torch.equal(tensor_bytes(a), tensor_bytes(b))

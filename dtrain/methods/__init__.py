@@ -4,6 +4,7 @@ from dtrain.methods.bitdelta import BitDelta
 from dtrain.methods.compeft import ComPEFT
 from dtrain.methods.dare import Dare
 from dtrain.methods.darex import DareX
+from dtrain.methods.dbms import Dbms, Shifted
 from dtrain.methods.deltacome import DeltaCoMe
 from dtrain.methods.deltadct import DeltaDCT
 from dtrain.methods.deltadq import DeltaDQ
@@ -37,6 +38,7 @@ METHODS: tuple[type[Method], ...] = (
     EoRA,
     Ecsq,
     SeededSign,
+    Dbms,
     Lossless,
 )
 
@@ -46,6 +48,7 @@ __all__ = [
     "ComPEFT",
     "Dare",
     "DareX",
+    "Dbms",
     "DeltaCoMe",
     "DeltaDCT",
     "DeltaDQ",
@@ -58,6 +61,7 @@ __all__ = [
     "Method",
     "Rescaled",
     "SeededSign",
+    "Shifted",
     "Structured",
     "UltraDelta",
     "Wanda",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dtrain.methods.inputs import Inputs
 from dtrain.methods.method import Method, check_choice
+from dtrain.methods.seeded_sign import SeededSign
 from dtrain.stages import All, Packed, Payload, Pipeline, Sign, Transposed, encode, matrix_shape
 
 
@@ -33,7 +34,7 @@ class BitDelta(Method):
     """
 
     scale: Literal["tensor", "row", "column"] = "tensor"
-    source: ClassVar[str] = "arXiv 2402.10193; 2512.19720"
+    paper: ClassVar[str] = "arXiv 2402.10193; 2512.19720"
 
     def __post_init__(self) -> None:
         check_choice("scale", self.scale, ("tensor", "row", "column"))
@@ -42,6 +43,10 @@ class BitDelta(Method):
     def nominal_bits(self) -> float:
         """Bits per parameter by the paper's own accounting: one."""
         return 1.0
+
+    def at_share(self, share: float) -> Method:
+        """Return what keeps the sign of a share of the weights: a bit each is the least that all of them take."""
+        return SeededSign(keep=share) if share < 1 and self.scale == "tensor" else super().at_share(share)
 
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return all signs and their scale or scales."""

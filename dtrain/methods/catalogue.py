@@ -65,7 +65,7 @@ def _entry(method: Method, delta: torch.Tensor) -> Entry:
         needs="nothing" if method.needs == "nothing" else "training inputs",
         nominal_bits=None if math.isnan(nominal) else nominal,
         true_bits=None if method.bitwise else _true_bits(method, delta),
-        source=method.source,
+        source=method.paper,
         summary=(inspect.getdoc(type(method)) or "").partition("\n")[0],
         arguments={name: value for name, value in method.describe().items() if name != "name"},
     )

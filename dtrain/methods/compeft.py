@@ -42,7 +42,7 @@ class ComPEFT(Method):
     keep: float = 0.1
     alpha: float = 1.0
     scope: Literal["model", "tensor"] = "model"
-    source: ClassVar[str] = "arXiv 2311.13171"
+    paper: ClassVar[str] = "arXiv 2311.13171"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

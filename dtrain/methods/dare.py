@@ -38,7 +38,7 @@ class Dare(RandomDrop):
 
     mask: Mask = "bernoulli"
     values: Values = "float16"
-    source: ClassVar[str] = "arXiv 2311.03099"
+    paper: ClassVar[str] = "arXiv 2311.03099"
 
     @property
     def pipeline(self) -> Pipeline:

@@ -54,7 +54,7 @@ class DareX(Rescaled):
     values: Values = "float16"
     eta: float = 1.0
     signed: bool = False
-    source: ClassVar[str] = "arXiv 2410.09344"
+    paper: ClassVar[str] = "arXiv 2410.09344"
 
     @property
     def pipeline(self) -> Pipeline:

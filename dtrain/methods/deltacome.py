@@ -69,7 +69,7 @@ class DeltaCoMe(Method):
     budget: float = 1.0
     block: int = 128
     gptq: bool = False
-    source: ClassVar[str] = "arXiv 2406.08903"
+    paper: ClassVar[str] = "arXiv 2406.08903"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", check_numbers("bits", self.bits, int))

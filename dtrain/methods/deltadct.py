@@ -51,7 +51,7 @@ class DeltaDCT(Method):
     shares: Sequence[float] = (0.5, 0.5)
     fill: Literal["mean", "zero"] = "mean"
     rescale: bool = True
-    source: ClassVar[str] = "arXiv 2503.06676"
+    paper: ClassVar[str] = "arXiv 2503.06676"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", check_numbers("bits", self.bits, int))

@@ -49,7 +49,7 @@ class DeltaDQ(Method):
     parts: int = 8
     scope: int | Literal["tensor", "row"] = "tensor"
     seed: int = 0
-    source: ClassVar[str] = "arXiv 2410.08666"
+    paper: ClassVar[str] = "arXiv 2410.08666"
 
     def __post_init__(self) -> None:
         for name in ("alpha", "bits", "parts", "seed"):
@@ -79,6 +79,10 @@ class DeltaDQ(Method):
     def nominal_bits(self) -> float:
         """Bits per parameter by the paper's own accounting: neither positions nor part identities counted."""
         return (self.bits - math.log2(self.parts)) / self.alpha
+
+    def at_share(self, share: float) -> DeltaDQ:
+        """Return the same method that keeps one element in `alpha / share`, rounded."""
+        return replace(self, alpha=round(self.alpha / share))
 
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return the kept values, scaled by alpha."""

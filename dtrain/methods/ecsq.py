@@ -54,7 +54,7 @@ class Ecsq(Method):
     """
 
     bits: float = 1.0
-    source: ClassVar[str] = "ours (textbook)"
+    paper: ClassVar[str] = "ours (textbook)"
 
     def __post_init__(self) -> None:
         check_type("bits", self.bits, float)
@@ -70,6 +70,10 @@ class Ecsq(Method):
         """Choose one step and zone for all tensors from an even sample of their elements."""
         stride = _stride(sum(get().numel() for _, get in deltas))
         return partial(self._encode, self._choose([get().reshape(-1)[::stride].cpu() for _, get in deltas]))
+
+    def at_share(self, share: float) -> Ecsq:
+        """Return the same method with `share` of the bits."""
+        return replace(self, bits=self.bits * share)
 
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return the coded symbols of one tensor with a step of its own."""

@@ -58,7 +58,7 @@ class EoRA(Method):
     rank: int = 4
     values: Values = "uniform8"
     weighted: bool = True
-    source: ClassVar[str] = "arXiv 2410.21271"
+    paper: ClassVar[str] = "arXiv 2410.21271"
 
     def __post_init__(self) -> None:
         check_type("rank", self.rank, int)

@@ -59,7 +59,7 @@ class ImPart(Method):
     beta: float = 0.0
     seed: int = 0
     values: Values = "float16"
-    source: ClassVar[str] = "arXiv 2504.13237"
+    paper: ClassVar[str] = "arXiv 2504.13237"
 
     def __post_init__(self) -> None:
         check_type("keep", self.keep, float)

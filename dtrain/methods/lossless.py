@@ -27,7 +27,7 @@ class Lossless(Method):
     * **When it fails**: never wrong, rarely small.
     """
 
-    source: ClassVar[str] = "arXiv 2505.06252 (reading)"
+    paper: ClassVar[str] = "arXiv 2505.06252 (reading)"
     bitwise: ClassVar[bool] = True
 
     @property

@@ -51,7 +51,7 @@ class Magnitude(Method):
     keep: float = 0.1
     values: Values = "float16"
     rescale: Literal["none", "norm"] = "none"
-    source: ClassVar[str] = "arXiv 2410.09344, section 5"
+    paper: ClassVar[str] = "arXiv 2410.09344, section 5"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

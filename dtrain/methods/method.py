@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from torch import Tensor
@@ -19,13 +19,15 @@ Needs = Literal["nothing", "objective", "inputs", "covariance"]
 #: as much memory as the model.
 Deltas = Sequence[tuple[str, Callable[[], Tensor]]]
 Encoder = Callable[[str, Tensor, Inputs | None], tuple[Payload, ...]]
+#: Payloads of one tensor by the scale they share: one group for most methods, base vector and residual for `Dbms`.
+Groups = tuple[tuple[Payload, ...], ...]
 
 
 class Method(ABC):
     """A way to compress a delta. Subclasses are frozen dataclasses whose docstring is their method card."""
 
     #: Where the method comes from.
-    source: ClassVar[str]
+    paper: ClassVar[str]
     #: Whether every tensor is stored bit for bit; then `encode` is not asked.
     bitwise: ClassVar[bool] = False
 
@@ -60,9 +62,33 @@ class Method(ABC):
         return self.needs in ("inputs", "covariance")
 
     @property
+    def needs_covariance(self) -> bool:
+        """Whether the calibration has to measure covariances."""
+        return self.needs == "covariance"
+
+    @property
     @abstractmethod
     def nominal_bits(self) -> float:
         """Bits per parameter by the paper's own accounting: values only, positions and tables not counted."""
+
+    def reseeded(self, by: int) -> Method:
+        """Return the same method with other random masks, the `by`-th; itself where nothing is random."""
+        seed: object = getattr(self, "seed", None)
+        return replace(cast("Any", self), seed=(seed + by) % 2**64) if isinstance(seed, int) else self
+
+    def at_share(self, share: float) -> Method:
+        """Return a method like this one whose payloads take `share`, in (0, 1], of its bytes.
+
+        Raises:
+            InputError: If it has no rate that could be lowered.
+        """
+        keep: object = getattr(self, "keep", None)
+        if isinstance(keep, float):
+            return replace(cast("Any", self), keep=keep * share)
+        raise InputError(
+            f"the bytes of {type(self).__name__} cannot be split: it has no `keep` to lower. Give Dbms(split=None), "
+            "where base vector and residual take as many bytes each as the host by itself, or another host."
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return the name and parameters, JSON-serialisable, as they stand in the file."""

@@ -37,7 +37,7 @@ class SeededSign(Rescaled):
 
     keep: float = 1 / 32
     q: float | Literal["search", "norm", "keep"] = "keep"
-    source: ClassVar[str] = "ours"
+    paper: ClassVar[str] = "ours"
 
     @property
     def pipeline(self) -> Pipeline:

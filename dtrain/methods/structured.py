@@ -45,7 +45,7 @@ class Structured(Rescaled):
     unit: Unit = "column"
     block: int = 16
     values: Values = "float16"
-    source: ClassVar[str] = "arXiv 2410.09344, table 9"
+    paper: ClassVar[str] = "arXiv 2410.09344, table 9"
 
     def __post_init__(self) -> None:
         check_choice("unit", self.unit, UNITS)

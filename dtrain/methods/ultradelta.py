@@ -56,7 +56,7 @@ class UltraDelta(Method):
     bits: int = 4
     gamma: float = 0.5
     seed: int = 0
-    source: ClassVar[str] = "arXiv 2505.13563"
+    paper: ClassVar[str] = "arXiv 2505.13563"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

@@ -38,7 +38,7 @@ class Wanda(Method):
 
     keep: float = 0.1
     values: Values = "float16"
-    source: ClassVar[str] = "arXiv 2306.11695; 2410.09344 (reading)"
+    paper: ClassVar[str] = "arXiv 2306.11695; 2410.09344 (reading)"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

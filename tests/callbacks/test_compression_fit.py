@@ -64,7 +64,7 @@ class TestFit:
         fit(Classifier(), tmp_path, callback)
         assert self.objective(callback) == "val_loss on training batches"
         fitted = callback.delta.content.metadata["fit"]
-        assert fitted["loss"] <= fitted["loss_at_dare"]
+        assert fitted["loss"] <= fitted["start"]
 
     def test_the_metric_is_that_of_training_data(self, tmp_path):
         module = Classifier()

@@ -71,8 +71,8 @@ def test_the_best_q_is_found(search, share, masks):
     expected = sum((norm + x - target) ** 2 for norm in norms) / masks
     assert fit["loss"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
     dare = sum((norm + SPAN - target) ** 2 for norm in norms) / masks
-    assert fit["loss_at_dare"] == pytest.approx(dare, rel=1e-3, abs=1e-5)
-    assert fit["loss"] <= fit["loss_at_dare"]
+    assert fit["start"] == pytest.approx(dare, rel=1e-3, abs=1e-5)
+    assert fit["loss"] <= fit["start"]
 
 
 def test_the_file_holds_the_first_mask():
@@ -163,7 +163,7 @@ def test_the_module_is_restored_bit_for_bit(fail_at, scope):
 def test_an_objective_that_is_never_finite_is_refused(search, bad):
     base, tuned = models()
     objective = Metric(module_of(base), lambda module: bad, mode="min")
-    with pytest.raises(InputError, match="objective is NaN or infinite for every q"):
+    with pytest.raises(InputError, match="objective is NaN or infinite for every scale"):
         dtrain.compress(base, tuned, DareX(keep=KEEP, search=search), objective=objective)
 
 
@@ -222,7 +222,7 @@ def test_a_searched_q_beats_dare_on_a_network():
     objective = HiddenChange(module, [torch.randn(32, 40)])
     fit = dtrain.compress(base, tuned, DareX(keep=0.02), objective=objective).content.metadata["fit"]
     assert 0.02 < fit["q"][0] <= 1
-    assert fit["loss"] < 0.9 * fit["loss_at_dare"]
+    assert fit["loss"] < 0.9 * fit["start"]
 
 
 @pytest.mark.parametrize("scope", ["model", "layer"])

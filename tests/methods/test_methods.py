@@ -232,7 +232,7 @@ def test_every_method_has_its_card(method):
     assert re.findall(r"^    \* \*\*(.+?)\*\*: ", card, re.MULTILINE) == headings
     arguments = card.partition("    Args:\n")[2].partition("    Raises:")[0]
     assert re.findall(r"^        (\w+): ", arguments, re.MULTILINE) == [field.name for field in fields(method)]
-    assert all(number in card for number in re.findall(r"\d{4}\.\d{5}", method.source))
+    assert all(number in card for number in re.findall(r"\d{4}\.\d{5}", method.paper))
 
 
 @over([setting for setting in SETTINGS if setting.method.needs != "nothing"])
