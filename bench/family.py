@@ -10,9 +10,10 @@ tasks; it picks up where it stopped.
   signs and magnitudes) as `SeededSign`, and one per task with the residual. Of the bytes of all payloads, a half or a
   quarter is the shared file's.
 * The four files together have no more bytes than the three independent ones, before what they say of their fits.
-* Scales are learnt per tensor (two of them where there is a base vector), from the match of norms on, by hidden states
-  of 256 unlabelled training sentences that were not trained on. The validation splits are only scored: accuracy for
-  SST-2 and SUBJ, the correlation of Matthews for CoLA.
+* The base vector starts with its norm matched, the midpoint between what keeps its mean and what keeps its elements.
+  Scales are learnt per tensor, two of them where there is a base vector, by the hidden states of 256 unlabelled
+  training sentences that were not trained on. The validation splits are only scored: accuracy for SST-2 and SUBJ, the
+  correlation of Matthews for CoLA.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ GROUPS = (
 
 
 def sign(keep: float, seed: int) -> dtrain.SeededSign:
-    return dtrain.SeededSign(keep=keep, seed=seed, q="norm")
+    return dtrain.SeededSign(keep=keep, seed=seed)
 
 
 def jobs(seeds: Sequence[int], shared: Path) -> Iterator[Job]:
@@ -128,7 +129,7 @@ def measure_shared(tasks: Sequence[Task], keep: float, seed: int, way: Way) -> C
 
 
 def base_vector(tasks: Sequence[Task], keep: float, seed: int, way: Way) -> dtrain.Delta:
-    method = sign(len(tasks) * way.part * keep, seed + OTHER_MASK)
+    method = dtrain.SeededSign(keep=len(tasks) * way.part * keep, seed=seed + OTHER_MASK, q="norm")
     merge: Any = way.merge
     return dtrain.shared_base(tasks[0].base, [task.tuned for task in tasks], method, merge=merge)
 

@@ -36,7 +36,7 @@ from bench.cells import Cell, parser_for, read_results, show, task_of
 from bench.tasks import Task, write_json
 
 THREADS, ROUNDS = 2, 3
-METHOD = dtrain.SeededSign(keep=1 / 32, q="norm")
+METHOD = dtrain.SeededSign(keep=1 / 32)
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 HEADER = ("what", "rounds", "figure", "least", "most")
 

@@ -9,11 +9,10 @@ One JSON cell per (budget, seed, host, fit); it picks up where it stopped. What 
   number per tensor, which the file holds anyway; files of one host differ by the bytes in which they say what was
   fitted. `BitDelta` has the budgets "all" and "half": without its embeddings (MiniLM), or without the first three of
   six blocks (ViT). The rules are the defaults, so embeddings stay at the base, but for BitDelta's budget "all".
-* The start of "none" is 1/keep, of the other fits of masked hosts the match of norms, which "norm" shows by itself.
-  BitDelta starts from its mean magnitude.
+* All fits start from the scale of "none": 1/keep, for BitDelta the mean magnitude. "norm" matches every tensor's norm.
 * `Dbms` holds two payloads of half the host's rate, or a little less, so that its file is not larger than the host's.
-  With BitDelta it holds `SeededSign` payloads of one in two weights. "DBMS own" searches its two scalars; the rows "lam
-  1, eta 1", "eta only" and "lam only" are its ablation at the same bytes; "DBMS learned" learns two scales per tensor.
+  With BitDelta these are of `SeededSign`. "DBMS own" searches its two scalars; "lam 1, eta 1", "eta only" and "lam
+  only" are its ablation at the same bytes; "DBMS learned" learns two scales per tensor.
 * Fits see 256 unlabelled training inputs in batches of 32 (the searches per layer and of two scalars the last 64), and
   compare hidden states; "learned, logits" compares logits. None of the sentences was trained on; of the images the last
   128. The validation split is only scored. Seconds are of the whole `dtrain.compress` on one thread.
@@ -84,7 +83,6 @@ class Way:
         dbms: Arguments of a `Dbms` around the host, where there is one.
         objective: What is compared.
         batches: How many batches of inputs are used; None for all.
-        plain: Whether masked hosts start from 1/keep rather than from the match of norms.
     """
 
     label: str
@@ -92,26 +90,26 @@ class Way:
     dbms: dict[str, Any] | None = None
     objective: str = "hidden"
     batches: int | None = None
-    plain: bool = False
 
 
-NONE = Way("none", plain=True)
+NONE = Way("none")
+BOTH = dtrain.Search(scan="golden")  # lam on a grid, eta by golden section at each of its points
 #: From what costs little and tells most to what costs much: all budgets and seeds of one group before the next.
 GROUPS = (
     (
         NONE,
-        Way("norm"),
-        Way("global q", dtrain.Search(), plain=True),
+        Way("norm", dtrain.ClosedForm("norm")),
+        Way("global q", dtrain.Search()),
         Way("learned", dtrain.Learn()),
-        Way("DBMS own", dtrain.Search(), {}, batches=FEW),
+        Way("DBMS own", BOTH, {}, batches=FEW),
     ),
     (Way("learned, logits", dtrain.Learn(), objective="logits"), Way("DBMS learned", dtrain.Learn(), {})),
     (
         Way("DBMS, lam 1, eta 1", None, {"lam": 1.0, "eta": 1.0}),
-        Way("DBMS, eta only", dtrain.Search(), {"lam": 1.0}, batches=FEW),
-        Way("DBMS, lam only", dtrain.Search(), {"eta": 1.0}, batches=FEW),
+        Way("DBMS, eta only", BOTH, {"lam": 1.0}, batches=FEW),
+        Way("DBMS, lam only", BOTH, {"eta": 1.0}, batches=FEW),
     ),
-    (Way("per-layer q", dtrain.Search(per="tensor"), batches=FEW, plain=True),),
+    (Way("per-layer q", dtrain.Search(per="tensor"), batches=FEW),),
 )
 ABLATION = GROUPS[2]
 
@@ -131,21 +129,15 @@ def jobs(name: str, seeds: Sequence[int], shared: Path) -> Iterator[Job]:
         budgets = dict.fromkeys(budget for budget, _, _ in hosts(name, 0))
         for budget, seed, way in ((b, s, w) for b in budgets for s in seeds for w in ways):
             for this, host, rules in hosts(name, seed):
-                if this == budget and applies(way, host, budget):
+                if this == budget and (way not in ABLATION or budget in ABLATED):
                     yield job(name, seed, shared, budget, host, rules, way)
-
-
-def applies(way: Way, host: dtrain.Method, budget: str) -> bool:
-    masked = not isinstance(host, dtrain.BitDelta)
-    return (way.label != "norm" or masked) and (way not in ABLATION or budget in ABLATED)
 
 
 def job(
     name: str, seed: int, shared: Path, budget: str, host: dtrain.Method, rules: dtrain.Rules | None, way: Way
 ) -> Job:
-    started = host if way.plain or isinstance(host, dtrain.BitDelta) else replace(host, q="norm")
     settings = {
-        "host": plain(started.describe()),
+        "host": plain(host.describe()),
         "fit": describe(way.fit),
         "dbms": way.dbms,
         "objective": way.objective,
@@ -155,7 +147,7 @@ def job(
 
     def measure() -> Cell:
         task = task_of(name, seed, shared)
-        method = started if way.dbms is None else shifted(task, host, started, way.dbms, rules)
+        method = host if way.dbms is None else shifted(task, host, way.dbms, rules)
         try:
             delta, cell = compressed(task, method, way.fit, way.objective, way.batches, rules=rules)
         except dtrain.InputError as error:
@@ -165,11 +157,9 @@ def job(
     return Job(key(seed, budget, host, way.label), settings, measure, ((name, seed),))
 
 
-def shifted(
-    task: Task, host: dtrain.Method, started: dtrain.Method, arguments: dict[str, Any], rules: dtrain.Rules | None
-) -> dtrain.Method:
+def shifted(task: Task, host: dtrain.Method, arguments: dict[str, Any], rules: dtrain.Rules | None) -> dtrain.Method:
     """Return `Dbms` around a host of as high a rate as gives a file not larger than the host's."""
-    inner = dtrain.SeededSign(seed=task.seed, q="norm") if isinstance(host, dtrain.BitDelta) else started
+    inner = dtrain.SeededSign(seed=task.seed) if isinstance(host, dtrain.BitDelta) else host
     size = partial(dtrain.compress, task.base, task.tuned, rules=rules)
     most = size(host).file_bytes()
     nominal = getattr(host, "keep", 1.0)
