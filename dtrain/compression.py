@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dtrain.artifact import DIGEST_BYTES, Content, Record, Role, file_digest
+from dtrain.artifact import DIGEST_BYTES, Content, Record, Role, file_digest, shared_payloads
 from dtrain.codes import dense, fresh_values, vector_values
 from dtrain.delta import Delta, load
 from dtrain.difference import Change, digests, fingerprint, pair
@@ -137,7 +137,7 @@ def _by_method(task: _Task, method: Method) -> Encoded:
     deltas = [(name, partial(_delta, change)) for name, change in changes.items()]
     masks: list[tuple[Encoder, dict[str, Groups]]] = []
     for draw in range(1 if task.fit is None else task.fit.draws):
-        encoder = _encoder(method.reseeded(draw), deltas, task.family)
+        encoder = _encoder(method.reseeded(draw), deltas, task)
         masks.append((encoder, {name: _groups(encoder, name, get(), task.inputs.get(name)) for name, get in deltas}))
     encoder, groups = masks[0]
     if task.fit is None or not changes:
@@ -152,11 +152,13 @@ def _by_method(task: _Task, method: Method) -> Encoded:
     return method, {name: tuple(chain(*found)) for name, found in fitted.items()}, summary
 
 
-def _encoder(method: Method, deltas: Deltas, family: Delta | None) -> Encoder:
+def _encoder(method: Method, deltas: Deltas, task: _Task) -> Encoder:
     if not isinstance(method, Dbms):
         return method.plan(deltas)
-    shared = None if family is None else {r.name: r.payloads for r in family.content.records if r.role is Role.ADD}
-    return method.encoder(deltas, shared)
+    if task.family is None:
+        return method.encoder(deltas)
+    added = [record for record in task.records.values() if record.role is Role.ADD]
+    return method.encoder(deltas, shared_payloads(added, task.family.content, task.family.origin))
 
 
 def _groups(encoder: Encoder, name: str, delta: Tensor, inputs: Inputs | None) -> Groups:

@@ -14,6 +14,7 @@ from dtrain.delta import Delta
 from dtrain.difference import Change, digests, fingerprint, pair
 from dtrain.errors import InputError, NeedsDataError
 from dtrain.methods import Method
+from dtrain.methods.dbms import as_base_vector
 from dtrain.methods.method import Encoder, check_choice
 from dtrain.rules import Rules
 from dtrain.stages import Payload
@@ -41,7 +42,9 @@ def shared_base(
     Args:
         base: The model that all were fine-tuned from, as for `dtrain.compress`.
         finetunes: Two models or more. One tensor of each is looked at at a time, so paths take the least memory.
-        method: How to compress the merged delta, such as `BitDelta()`; one that needs no data.
+        method: How to compress the merged delta, such as `SeededSign(keep=1 / 16)`; one that needs no data. As for the
+            base vector of `Dbms(source="own")`, its random masks are others than those of a delta with the same seed,
+            and where it has a q that is 1: what is kept is kept as it is, and lam scales it.
         merge: "mean": their mean. "elect": the unified vector of EMR-Merging (arXiv 2405.17461, the paper's text): the
             sign of the sum, and the greatest magnitude among the deltas that have this sign.
         rules: Which tensors the method may compress, as for `dtrain.compress`.
@@ -54,7 +57,7 @@ def shared_base(
         InputError: If there are fewer than two fine-tunes, if they change no tensor in common, or hold NaN or inf.
         NeedsDataError: If the method would have to be fitted, or shown inputs.
     """
-    _check(finetunes, method, merge)
+    method = _checked(finetunes, method, merge)
     weights, rules = read_weights(base), rules or Rules()
     family = _family([pair(weights, read_weights(tuned), rules) for tuned in finetunes])
     vectors = [(name, partial(_MERGES[merge], changes)) for name, changes in family.items()]
@@ -68,7 +71,8 @@ def shared_base(
     return Delta(_content(weights, payloads, rules, metadata))
 
 
-def _check(finetunes: Sequence[Source], method: Method, merge: Merge) -> None:
+def _checked(finetunes: Sequence[Source], method: Method, merge: Merge) -> Method:
+    """Return the method as it compresses a base vector, when all arguments are checked."""
     if isinstance(finetunes, (str, Mapping)) or len(finetunes) < 2:
         raise InputError("`finetunes` must be a list of two models or more: a base vector is what they have in common.")
     if not isinstance(method, Method):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -77,11 +81,13 @@ def _check(finetunes: Sequence[Source], method: Method, merge: Merge) -> None:
     name = type(method).__name__
     if method.bitwise:
         raise InputError(f"{name} keeps the bits of one model, and a base vector is no model. Use dtrain.Dare(keep=1).")
+    method = as_base_vector(method)
     if method.needs != "nothing":
         raise NeedsDataError(
-            f"{name} asks for an objective or a calibration, and a family's base vector is made without data. Fix what "
-            "it fits, as in DareX(q='norm'), or use a method that needs none, as BitDelta()."
+            f"{name} asks for an objective or a calibration, and a family's base vector is made without data. Use a "
+            "method that needs none, such as SeededSign() or BitDelta()."
         )
+    return method
 
 
 def _family(tasks: Sequence[Sequence[Change]]) -> dict[str, Family]:
@@ -111,7 +117,7 @@ def _total(changes: Family) -> Tensor:
 
 
 def _mean(changes: Family) -> Tensor:
-    return (_total(changes) / len(changes)).float()
+    return _total(changes).div_(len(changes)).float()
 
 
 def _elect(changes: Family) -> Tensor:

@@ -8,8 +8,20 @@ import pytest
 import torch
 
 import dtrain
-from dtrain import ArtifactError, BaseMismatchError, BitDelta, Dare, DareX, Delta, InputError, NeedsDataError, Rules
+from dtrain import (
+    ArtifactError,
+    BaseMismatchError,
+    BitDelta,
+    Dare,
+    DareX,
+    Dbms,
+    Delta,
+    InputError,
+    NeedsDataError,
+    Rules,
+)
 from dtrain.artifact import DIGEST_BYTES, Content, Role, file_digest, unpack_file
+from dtrain.methods.dbms import as_base_vector
 from dtrain.stages import HALF, SHARED, Payload, Pipeline, Shared, Transposed, decode, encode, kept_values
 from tests.artifact import craft, reference_decoder
 from tests.methods.settings import RULES, _change, bytes_of, module_of, raw, same_bits, tiny, zoo
@@ -109,7 +121,7 @@ def test_votes_that_cancel_elect_nothing():
 def test_a_family_of_one_model_is_its_delta(merge):
     base, (tuned, _) = family(2)
     shared = dtrain.shared_base(base, [tuned, tuned], METHOD, merge=merge, rules=RULES)
-    alone = dtrain.compress(base, tuned, METHOD, rules=RULES)
+    alone = dtrain.compress(base, tuned, as_base_vector(METHOD), rules=RULES)
     found = {record.name: record.payloads for record in shared.content.records if record.payloads}
     assert found.keys() >= MATRICES
     for name, payloads in found.items():
@@ -475,7 +487,7 @@ def test_arguments():
         dtrain.shared_base(base, tuned, "BitDelta", rules=RULES)
     with pytest.raises(InputError, match="Lossless keeps the bits of one model"):
         dtrain.shared_base(base, tuned, dtrain.Lossless(), rules=RULES)
-    for method in (DareX(keep=0.1), dtrain.Wanda(keep=0.1)):
+    for method in (Dbms(), dtrain.Wanda(keep=0.1)):
         with pytest.raises(NeedsDataError, match=f"{type(method).__name__} asks for .* made without data"):
             dtrain.shared_base(base, tuned, method, rules=RULES)
     with pytest.raises(InputError, match="change no tensor in common"):
@@ -493,17 +505,69 @@ def test_values_that_are_no_numbers_are_refused(value, merge):
         dtrain.shared_base(base, tuned, METHOD, merge=merge, rules=RULES)
 
 
-@pytest.mark.parametrize("method", [BitDelta(), dtrain.ComPEFT(keep=0.2), dtrain.SeededSign(), dtrain.Ecsq()], ids=repr)
+METHODS = [BitDelta(), dtrain.ComPEFT(keep=0.2), dtrain.SeededSign(), dtrain.Ecsq(), DareX(keep=0.1)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_any_method_without_data_makes_a_vector(method, tmp_path):
     base, tuned = family()
     shared = dtrain.shared_base(base, tuned, method, rules=RULES)
-    assert shared.content.metadata["method"] == method.describe()
+    assert shared.content.metadata["method"] == as_base_vector(method).describe()
     assert shared.content.metadata["shared"] == {"merge": "mean", "finetunes": 3}
     delta = refer(dtrain.compress(base, tuned[1], dtrain.SeededSign(seed=5), rules=RULES), shared, 0.9, ["matrix"])
     shared.save(tmp_path / "family.safetensors")
     delta.save(tmp_path / "task.safetensors")
     loaded = dtrain.load(tmp_path / "task.safetensors")
     assert same_bits(loaded.state_dict(base), delta.state_dict(base))
+
+
+@pytest.mark.parametrize("method", [dtrain.SeededSign(keep=0.2), DareX(keep=0.2), DareX(keep=0.2, q=0.5)], ids=repr)
+def test_a_vector_draws_other_masks_than_a_delta_and_is_not_blown_up(method):
+    """With one mask for both, DBMS has but one scale; unbiased by 1/keep, b would be longer than what it stands for."""
+    base, tuned = family()
+    shared = dtrain.shared_base(base, tuned, method, rules=RULES)
+    alone = dtrain.compress(base, tuned[0], replace(method, q="keep"), rules=RULES)
+    size = base["matrix"].numel()
+    (vector,), (delta,) = (record_of(found, "matrix").payloads for found in (shared, alone))
+    first, second = (decode(payload, "matrix", (24, 16)).positions for payload in (vector, delta))
+    assert not torch.equal(first, second)
+    mean = sum(state["matrix"] - base["matrix"] for state in tuned).flatten() / 3
+    found = decode(vector, "matrix", (24, 16)).dense(size) * vector.scale
+    assert float(found.norm()) < float(mean.norm())
+
+
+@pytest.mark.parametrize("source", ["delta", "path"])
+def test_dbms_stores_a_reference(tmp_path, source):
+    base, tuned = family()
+    shared = dtrain.shared_base(base, tuned, dtrain.SeededSign(keep=0.25), rules=RULES)
+    shared.save(tmp_path / "family.safetensors")
+    given = shared if source == "delta" else tmp_path / "family.safetensors"
+    method = Dbms(host=dtrain.SeededSign(keep=0.25), source="shared", lam=0.9, eta=0.5)
+    delta = dtrain.compress(base, tuned[0], method, rules=RULES, shared=given)
+    used = {record.name: record.payloads for record in delta.content.records if SHARED in pipelines(record)}
+    assert used.keys() == {record.name for record in shared.content.records if record.payloads}
+    assert {payloads[0].scale for payloads in used.values()} == {float(torch.tensor(0.9, dtype=torch.float32))}
+    delta.save(tmp_path / "task.safetensors")
+    loaded = dtrain.load(tmp_path / "task.safetensors")
+    assert same_bits(loaded.state_dict(base), delta.state_dict(base))
+    assert bytes_of(loaded) == bytes_of(delta)
+
+
+def pipelines(record):
+    return [payload.pipeline for payload in record.payloads]
+
+
+def test_dbms_refuses_a_vector_that_does_not_fit():
+    base, tuned = family()
+    method = Dbms(host=dtrain.SeededSign(keep=0.25), source="shared", lam=0.9, eta=0.5)
+    shared = dtrain.shared_base(base, tuned, dtrain.SeededSign(keep=0.25), rules=RULES)
+    task = dtrain.compress(base, tuned[0], method, rules=RULES, shared=shared)
+    with pytest.raises(ArtifactError, match="shared file: the shared file itself refers to another"):
+        dtrain.compress(base, tuned[0], method, rules=RULES, shared=task)
+    for other in (torch.randn(24, 16), torch.randn(12, 16)):
+        change = {"matrix": other + 0.01}
+        with pytest.raises(ArtifactError, match=r"tensor 'matrix': shared file: .* made from another base"):
+            dtrain.compress({**base, "matrix": other}, tuned[0] | change, method, rules=RULES, shared=shared)
 
 
 def test_rules_have_their_say():

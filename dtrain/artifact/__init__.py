@@ -2,7 +2,7 @@
 
 from dtrain.artifact.file import FORMAT_VERSION, file_digest, pack_file, read_file, unpack_file, write_file
 from dtrain.artifact.records import DIGEST_BYTES, Content, Record, Role
-from dtrain.artifact.shared import find_shared, resolve
+from dtrain.artifact.shared import find_shared, resolve, shared_payloads
 
 __all__ = [
     "DIGEST_BYTES",
@@ -15,6 +15,7 @@ __all__ = [
     "pack_file",
     "read_file",
     "resolve",
+    "shared_payloads",
     "unpack_file",
     "write_file",
 ]

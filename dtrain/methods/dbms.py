@@ -82,10 +82,7 @@ class Dbms(Method):
         host = _with_fixed_scale(self.host)
         share = 0.5 if self.split == "search" else self.split
         first, second = (host, host) if share is None else (host.at_share(share), host.at_share(1 - share))
-        if isinstance(first, Rescaled):
-            # What is kept is kept as it is: unbiased by 1/keep, it would leave a residual larger than the delta.
-            first = replace(first, q=1.0)
-        return first.reseeded(_OTHER_SEED), host if self.source == "shared" else second
+        return as_base_vector(first), host if self.source == "shared" else second
 
     @property
     def free(self) -> tuple[bool, bool]:
@@ -191,6 +188,15 @@ class Shifted:
         if self._shared is None or not base:
             return scaled(base, factor)
         return (Payload(SHARED, torch.empty(0, dtype=torch.uint8), self._lam * factor),)
+
+
+def as_base_vector(method: Method) -> Method:
+    """Return the method as it compresses a base vector: with scales that lam stands in for, and masks of its own."""
+    method = _with_fixed_scale(method)
+    if isinstance(method, Rescaled):
+        # What is kept is kept as it is: unbiased by 1/keep, it would leave a residual larger than the delta.
+        method = replace(method, q=1.0)
+    return method.reseeded(_OTHER_SEED)
 
 
 def scaled(payloads: tuple[Payload, ...], factor: float) -> tuple[Payload, ...]:
