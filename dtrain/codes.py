@@ -15,8 +15,14 @@ from dtrain.stages.bits import packed_size
 Values = Float16 | BFloat16 | Sign | Uniform | Bits
 
 
-def vector_values(code: VectorCode) -> Values:
-    """Return what quantises the delta of a norm or a bias."""
+def vector_values(code: VectorCode, dtype: torch.dtype) -> Values:
+    """Return what quantises the delta of a norm or a bias of a model of this dtype.
+
+    In 16 bits most values of a norm do not move, and the others by whole rounding steps: less than half a step, as the
+    mean change is, would be lost on all of them.
+    """
+    if code == "auto":
+        return Sign() if dtype.itemsize > 2 else Uniform(4)
     return value_format(code)
 
 

@@ -21,16 +21,16 @@ _KINDS = {
     "vector": "norms and biases",
     "token": "other vectors",
     "buffer": "buffers",
-    "fresh": "head and other new tensors",
+    "fresh": "head, new tensors",
 }
 #: What was done with them.
 _DONE = {
     "method": "compressed by the method",
     "half": "delta in half precision",
-    "coded": "delta of {bits} bit a value",
+    "coded": "delta, {bits} bit a value",
     "bits": "bit for bit",
     "exact": "stored whole",
-    "rounded": "stored whole, of {bits} bit a value",
+    "rounded": "stored whole, {bits} bit a value",
     "same": "unchanged",
     "drop": "left at the base by a rule",
 }

@@ -13,7 +13,7 @@ from dtrain.errors import InputError
 
 Role = Literal["method", "vector", "half", "bits", "whole", "embedding", "drop"]
 #: How norms and biases are stored, and fresh matrices.
-VectorCode = Literal["sign", "uniform4", "uniform8", "float16"]
+VectorCode = Literal["auto", "sign", "uniform4", "uniform8", "float16"]
 FreshCode = Literal["uniform8", "uniform4", "float16", "exact"]
 _CODES = {"vectors": get_args(VectorCode), "fresh": get_args(FreshCode)}
 
@@ -60,7 +60,8 @@ class Rules:
         embeddings: Token embeddings, which stay at the base as well; but where the base has none of their shape (a
             vocabulary that grew) they are stored whole. No pattern: the method compresses them.
         vectors: How the deltas of norms and biases are stored: "sign" is one bit a value and one scale a tensor;
-            "uniform4" and "uniform8" are 4 and 8 bits; "float16" is half precision.
+            "uniform4" and "uniform8" are 4 and 8 bits and a step; "float16" is half precision; "auto" is "sign", but
+            "uniform4" for a dtype of 16 bits.
         fresh: How matrices that the base does not have are stored: "uniform8" and "uniform4" are 8 and 4 bits a value
             and a step per row; "float16" is half precision; "exact" is bit for bit.
 
@@ -73,7 +74,7 @@ class Rules:
     whole: Sequence[str] = HEADS
     drop: Sequence[str] = ()
     embeddings: Sequence[str] = EMBEDDINGS
-    vectors: VectorCode = "sign"
+    vectors: VectorCode = "auto"
     fresh: FreshCode = "uniform8"
 
     def __post_init__(self) -> None:

@@ -121,7 +121,7 @@ def _payload(role: ChangeRole, change: Change, rules: Rules) -> int:
     tuned = change.tuned
     match role:
         case "vector":
-            return dense_bytes(vector_values(rules.vectors), tuned.shape)
+            return dense_bytes(vector_values(rules.vectors, tuned.dtype), tuned.shape)
         case "half":
             return dense_bytes(Float16(), tuned.shape)
         case "whole":

@@ -107,8 +107,8 @@ def test_what_the_budget_has_no_room_for_is_still_the_methods():
     """Less than one singular value: no payload, the base's weights, and a row of its own in the report."""
     base, delta = tiny(DeltaCoMe((8,), (), 0.01))
     rows = {row.kind: row for row in delta.report().rows}
-    assert rows["method"] == Row("method", tensors=1, elements=12, kept=0, payload_bytes=0)
-    assert rows["half"].tensors == 1
+    assert rows["matrix"] == Row("matrix", "method", None, tensors=1, elements=12, kept=0, payload_bytes=0)
+    assert rows["vector"].tensors == 1
     assert torch.equal(delta.state_dict(base)["a.weight"], base["a.weight"])
 
 
