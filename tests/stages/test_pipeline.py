@@ -57,7 +57,7 @@ SHAPES = [(1, 23), (7,), (3, 2, 4), (), (0, 5), (5, 0), (2, 130)]
 TAGS = [
     ["Plain", "BlockDct", "LowRank", "Transposed"],
     ["All", "Bernoulli", "Stratified", "Groups", "Units", "Indexed"],
-    ["Float16", "BFloat16", "Sign", "Uniform", "Bits", "DeadZone", "Affine", "Mixed"],
+    ["Float16", "BFloat16", "Sign", "Uniform", "Bits", "DeadZone", "Affine", "Mixed", "Shared"],
     ["Packed", "Zstd", "Rans", "Parts"],
 ]
 each_transform = pytest.mark.parametrize("transform", TRANSFORMS, ids=repr)
