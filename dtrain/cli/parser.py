@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
-from collections.abc import Collection, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 
+from dtrain.cli.wording import DEFAULT_METHOD, listed, sentence
 from dtrain.errors import DtrainError
 
 #: The commands and what they do, in the order in which `--help` lists them.
 SUMMARIES = {
     "compress": "Compress what fine-tuning changed into one small file.",
+    "share": "Compress what several fine-tunes of one base have in common.",
     "apply": "Write the fine-tuned checkpoint that a base and a delta make.",
     "inspect": "Show what a delta file holds and what every part of it costs.",
     "verify": "Check every byte of a delta file, and that a model is its base.",
     "advise": "Measure what fine-tuning changed and say which method suits it, and why.",
     "methods": "List the compression methods.",
 }
-
-#: What `compress` does where no method is named: it needs no data, and at this rate the paper finds next to no loss.
-DEFAULT_METHOD = "Dare"
 
 _EXIT_CODES = """\
 exit codes:
@@ -39,8 +37,16 @@ is empty and no file was written.
 _PATTERNS = """\
 Patterns are shell-style, match whole tensor names, and want quotes:
 --drop 'pooler.*' '*.bias'. The first that applies decides: dropped, stored
-whole, bit for bit (integers), by the method (matrices that are included and
-not excluded), or, all the rest, as a delta in half precision."""
+without the base, bit for bit (integers), left at the base (embeddings), by
+the method (matrices that are included and not excluded), as a delta of a few
+bits (norms and biases), or, all the rest, as a delta in half precision."""
+
+_TEXTS = """\
+For methods that are fitted to inputs or look at them. FINETUNED is then the
+Hugging Face folder of a text model, with its tokenizer; it is run from local
+files, and no code that comes with it. The texts should be of the training set."""
+
+_REFERS = "the file of `dtrain share` that DELTA refers to (default: the one in its folder that has the right hash)"
 
 _MODEL = "a .safetensors file, a Hugging Face folder or a .ckpt"
 
@@ -70,17 +76,22 @@ def parse(argv: Sequence[str]) -> Request:
     command = next((word for word in argv if not word.startswith("-")), "")
     if command not in SUMMARIES and not {"-h", "--help", "--version"} & set(argv):
         found = f"there is no command {command!r}" if command else "a command is missing"
-        raise UsageError(f"{found}; the commands are {_listed(SUMMARIES)}. Try: dtrain --help")
+        raise UsageError(f"{found}; the commands are {listed(SUMMARIES)}. Try: dtrain --help")
     parser = _parser(command)
     try:
-        options = parser.parse_args(_with_method(argv, command))
+        options = parser.parse_args(_with_method(_with_file(argv), command))
         arguments: dict[str, Any] = vars(cast("object", parser.instantiate(options)[command]))
     except argparse.ArgumentError as error:
-        raise UsageError(_sentence(str(error), argv, command)) from error
+        raise UsageError(sentence(str(error), argv, command)) from error
     except DtrainError as error:  # the method refuses an argument
         raise UsageError(str(error)) from error
     as_json = bool(arguments.pop("json"))
     return Request(command, arguments, as_json)
+
+
+def _with_file(argv: Sequence[str]) -> list[str]:
+    """Spell `--calibration FILE` as the parser knows it: for it, a name that has others under it takes no value."""
+    return [re.sub(r"^--calibration(?=$|=)", "--calibration.file", word) for word in argv]
 
 
 def _with_method(argv: Sequence[str], command: str) -> list[str]:
@@ -89,7 +100,7 @@ def _with_method(argv: Sequence[str], command: str) -> list[str]:
     As a default of the argument, its own arguments would pass to whatever other method is named.
     """
     named = any(word.partition("=")[0] in ("--method", "--method.help") for word in argv)
-    if command != "compress" or named:
+    if command not in ("compress", "share") or named:
         return [*argv]
     after = argv.index(command) + 1
     return [*argv[:after], "--method", DEFAULT_METHOD, *argv[after:]]
@@ -120,20 +131,27 @@ def _parser(command: str) -> ArgumentParser:
 
 _USAGE = {
     "compress": "dtrain compress BASE FINETUNED OUT [--method NAME]\n"
-    "                       [--method.ARGUMENT VALUE ...] [--include P ...]\n"
-    "                       [--exclude P ...] [--whole P ...] [--drop P ...] [--json]",
-    "apply": "dtrain apply BASE DELTA OUT [--json]",
-    "inspect": "dtrain inspect DELTA [--tensors] [--json]",
-    "verify": "dtrain verify BASE DELTA [--json]",
+    "                       [--method.ARGUMENT VALUE ...] [--fit NAME]\n"
+    "                       [--fit.ARGUMENT VALUE ...] [--calibration FILE]\n"
+    "                       [--calibration.ARGUMENT VALUE ...] [--objective NAME]\n"
+    "                       [--shared FILE] [--include P ...] [--exclude P ...]\n"
+    "                       [--whole P ...] [--drop P ...] [--embeddings P ...]\n"
+    "                       [--vectors CODE] [--fresh CODE] [--json]",
+    "share": "dtrain share BASE FINETUNED FINETUNED ... OUT [--merge mean|elect]\n"
+    "                    [--method NAME] [--method.ARGUMENT VALUE ...]\n"
+    "                    [--include P ...] [--exclude P ...] [--whole P ...]\n"
+    "                    [--drop P ...] [--json]",
+    "apply": "dtrain apply BASE DELTA OUT [--shared FILE] [--json]",
+    "inspect": "dtrain inspect DELTA [--tensors] [--shared FILE] [--json]",
+    "verify": "dtrain verify BASE DELTA [--shared FILE] [--json]",
     "advise": "dtrain advise BASE FINETUNED [--include P ...] [--exclude P ...]\n"
-    "                     [--whole P ...] [--drop P ...] [--json]",
+    "                     [--whole P ...] [--drop P ...] [--embeddings P ...]\n"
+    "                     [--vectors CODE] [--fresh CODE] [--json]",
     "methods": "dtrain methods [--markdown] [--json]",
 }
 
 
 def _compress(parser: ArgumentParser) -> None:
-    from dtrain.methods import METHODS, Method
-
     parser.add_argument(
         "base",
         metavar="BASE",
@@ -145,26 +163,98 @@ def _compress(parser: ArgumentParser) -> None:
         help="the model after it, likewise; or the folder of a PEFT LoRA adapter, to compress what it adds to BASE",
     )
     parser.add_argument("out", metavar="OUT", help="the delta file to write, usually *.safetensors")
+    _method(parser)
+    _fit(parser)
+    _shared(parser, "where the method is Dbms with --method.source shared: the file of `dtrain share`")
+    _rules(parser)
+
+
+def _share(parser: ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help=f"the model before fine-tuning: {_MODEL}")
+    text = "two models after it or more, likewise, or the folders of PEFT LoRA adapters"
+    parser.add_argument("finetuned", metavar="FINETUNED", nargs="+", help=text)
+    parser.add_argument(
+        "out", metavar="OUT", help="the shared file to write: *.safetensors, in the folder of the deltas"
+    )
+    parser.add_argument(
+        "--merge",
+        type=Literal["mean", "elect"],
+        default="mean",
+        help="the mean of their changes, or for each weight the sign of the sum and the greatest change of this sign",
+    )
+    _method(parser)
+    _rules(parser)
+
+
+def _method(parser: ArgumentParser) -> None:
+    from dtrain.methods import METHODS, Method
+
     method = parser.add_argument_group("method")
     method.add_argument(
         "--method",
         type=Method,
         metavar="NAME",
-        help=f"{_listed([method.__name__ for method in METHODS])}; `dtrain methods` says what they are. "
+        help=f"{listed([method.__name__ for method in METHODS])}; `dtrain methods` says what they are. "
         f"Default: {DEFAULT_METHOD} with its own defaults, which keeps 10 %% of the delta and needs no data.",
     )
-    _rules(parser)
+
+
+def _fit(parser: ArgumentParser) -> None:
+    from dtrain.fit import FITS, Fit
+
+    parser.add_argument_group("fit").add_argument(
+        "--fit",
+        type=Fit,
+        metavar="NAME",
+        help=f"how scales are found after encoding: {listed([fit.__name__ for fit in FITS])}. Default: the method's "
+        "own way, which is none for most.",
+    )
+    data = parser.add_argument_group("training inputs", description=_TEXTS)
+    data.add_argument(
+        "--calibration.file", metavar="FILE", help="--calibration FILE for short: .parquet, .jsonl or .txt with texts"
+    )
+    data.add_argument(
+        "--calibration.column",
+        nargs="+",
+        metavar="C",
+        help="the column they are in, or the two of pairs (default: the pairs of GLUE by their names, the only one "
+        "with text, or one named text or sentence)",
+    )
+    samples = "texts that are looked at, always the same ones, spread evenly over the file (default: 128)"
+    data.add_argument("--calibration.samples", type=PositiveInt, default=128, metavar="N", help=samples)
+    batch = "texts at a time; longer ones are cut after 512 tokens (default: 32)"
+    data.add_argument("--calibration.batch", type=PositiveInt, default=32, metavar="N", help=batch)
+    device = "where the model runs: cpu, cuda, ... (default: cpu)"
+    data.add_argument("--calibration.device", default="cpu", metavar="D", help=device)
+    data.add_argument(
+        "--objective",
+        type=Literal["hidden", "mse", "top", "kl"],
+        help="what a fit keeps as the fine-tuned model has it: the last hidden state (default for encoders), all "
+        "logits, the five greatest of them (default for models that write text), or the distribution they stand for",
+    )
 
 
 def _rules(parser: ArgumentParser) -> None:
+    from dtrain.rules import FreshCode, VectorCode
+
     rules = parser.add_argument_group("which tensors", description=_PATTERNS)
     for name, text in {
         "include": "tensors the method may compress (default: all)",
-        "exclude": "tensors the method must leave alone; their delta is kept in half precision",
-        "whole": "fresh tensors, stored as they are (default: the usual names of task heads; none with no pattern)",
+        "exclude": "tensors the method must leave alone; the delta of a matrix is kept in half precision",
+        "whole": "fresh tensors, stored without the base (default: the usual names of task heads; none with no "
+        "pattern)",
         "drop": "tensors that stay at the base: their delta is thrown away",
+        "embeddings": "token embeddings, which stay at the base as well where they fit it (default: the "
+        "word_embeddings of encoders; with no pattern the method compresses them)",
     }.items():
         rules.add_argument(f"--{name}", nargs="*", metavar="P", help=text)
+    for name, code, text in (
+        ("vectors", VectorCode, "how the deltas of norms and biases are stored"),
+        ("fresh", FreshCode, "how fresh matrices are stored"),
+    ):
+        default, *others = get_args(code)
+        text = f"{text}: {default} (default), {listed(others)}"
+        rules.add_argument(f"--{name}", choices=[default, *others], metavar="CODE", help=text)
 
 
 def _apply(parser: ArgumentParser) -> None:
@@ -176,11 +266,17 @@ def _apply(parser: ArgumentParser) -> None:
 def _inspect(parser: ArgumentParser) -> None:
     parser.add_argument("delta", metavar="DELTA", help="a file written by `dtrain compress`")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    _shared(parser)
 
 
 def _verify(parser: ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help=f"the model the delta was made from: {_MODEL}; or {ZEROS}")
     parser.add_argument("delta", metavar="DELTA", help="a file written by `dtrain compress`")
+    _shared(parser)
+
+
+def _shared(parser: ArgumentParser, text: str = _REFERS) -> None:
+    parser.add_argument("--shared", metavar="FILE", help=text)
 
 
 def _advise(parser: ArgumentParser) -> None:
@@ -195,43 +291,10 @@ def _methods(parser: ArgumentParser) -> None:
 
 _ARGUMENTS = {
     "compress": _compress,
+    "share": _share,
     "apply": _apply,
     "inspect": _inspect,
     "verify": _verify,
     "advise": _advise,
     "methods": _methods,
 }
-
-
-def _sentence(message: str, argv: Sequence[str], command: str) -> str:
-    """Say in one sentence what the parser says in an indented paragraph of its own words."""
-    from dtrain.methods import METHODS
-
-    known = [method.__name__ for method in METHODS]
-    name = _named_method(argv)
-    if name.isidentifier() and name not in known:
-        close = difflib.get_close_matches(name.lower(), [method.lower() for method in known], 1)
-        guess = "".join(f" Did you mean {method}?" for method in known if method.lower() in close)
-        return f"there is no method {name!r}; the methods are {_listed(known)}.{guess}"
-    if found := re.search(r"Option '(.+?)' is not accepted", message):
-        return f"{name} has no argument {found[1]!r}. See: dtrain {command} --method.help {name}"
-    # The innermost key is the argument; what lies around it repeats the method.
-    if found := re.search(r'.*Parser key "(\w+)":.*(?:Got|Given) value: (.*)$', message, re.DOTALL):
-        return f"--method.{found[1]} cannot be {found[2]!r}. See: dtrain {command} --method.help {name}"
-    if found := re.search(r"argument (\S+): expected one argument", message):
-        bare = [word for word, after in pairwise([*argv, "--"]) if word.startswith(found[1]) and after.startswith("--")]
-        return f"{(*bare, found[1])[0]} wants a value. See: dtrain {command} --help"
-    if found := re.search(r"arguments are required: (.*)$", message):
-        return f"{found[1].replace(f'{command}.', '').upper()} is missing. See: dtrain {command} --help"
-    flat = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(message.split())).rstrip(".")
-    return f"{flat}. See: dtrain {command} --help"
-
-
-def _named_method(argv: Sequence[str]) -> str:
-    named = re.findall(r"^--method(?:\.help)?[=\n](.+)$", "\n".join(argv), re.MULTILINE)
-    return named[-1] if named else DEFAULT_METHOD
-
-
-def _listed(names: Collection[str]) -> str:
-    *most, last = names
-    return f"{', '.join(most)} and {last}"

@@ -26,6 +26,7 @@ def run(capsys):
     """Run one command line and return (exit code, standard output, standard error)."""
 
     def call(*argv):
+        capsys.readouterr()  # what the test's own preparations said
         code = main([str(word) for word in argv])
         return code, *capsys.readouterr()
 
