@@ -158,7 +158,8 @@ class Problem:
         loss = objective.batch_loss(batch, leaves)
         if not loss.requires_grad:
             raise InputError("the objective does not depend on the compressed tensors, so no scale can be learnt.")
-        loss.backward()
+        # Into these only: the module's other parameters may want gradients too, and belong to whoever trains it.
+        torch.autograd.backward(loss, inputs=list(leaves.values()))
         return float(loss.detach()), found
 
     def evaluate_stored(self, x: Factors) -> float:
