@@ -92,7 +92,7 @@ def compress(
     method, payloads, summary = _best_split(task, method)
     records |= {name: replace(records[name], payloads=payloads[name]) for name in payloads}
     metadata["method"] = method.describe()
-    if payloads:
+    if any(change.role == "method" for change in changes):
         metadata["nominal_bits"] = method.nominal_bits
     if summary:
         metadata["fit"] = summary
@@ -147,7 +147,8 @@ def _by_method(task: _Task, method: Method) -> Encoded:
     if task.objective is not None:
         left = [change for change in task.changes if change.role not in ("method", "base_only")]
         rest = {change.name: merged(task.records[change.name], change.base) for change in left}
-    problem = Problem(method, task.changes, masks, task.inputs, rest, task.objective, task.watch)
+    vectors = {change.name: task.records[change.name].payloads for change in task.changes if change.role == "vector"}
+    problem = Problem(method, task.changes, masks, vectors, task.inputs, rest, task.objective, task.watch)
     fitted, summary = fit_scales(task.fit, problem)
     return method, {name: tuple(chain(*found)) for name, found in fitted.items()}, summary
 

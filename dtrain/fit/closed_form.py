@@ -73,8 +73,8 @@ class ClosedForm(Fit):
         start = problem.start()
         begun = None if problem.objective is None else problem.evaluate(start)
         x = dict(start)
-        with progress(f"computing scales ({self.rule})", len(x)) as advance:
-            for name in x:
+        with progress(f"computing scales ({self.rule})", len(problem.matrices)) as advance:
+            for name in problem.matrices:
                 x[name] = self._factors(problem, name, x[name])
                 advance(name)
         if problem.objective is None:

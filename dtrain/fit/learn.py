@@ -33,8 +33,8 @@ class Learn(Fit):
     keeps the best are ours.
 
     Args:
-        per: One scale for the "model", for every "tensor", or for every "row" (output) of each: a row's scale costs
-            nothing with half-precision values, and two bytes with signs.
+        per: One scale for all matrices of the "model", one for every "tensor", norms and biases among them, or one for
+            every "row" (output) of each: a row's scale costs nothing with half-precision values, two bytes with signs.
         steps: Steps at most; the learning rate falls linearly to nothing at the last.
         lr: Learning rate of the logarithms: 0.05 moves a scale by at most about 5 % a step.
         every: Steps between two looks at the held-out inputs; there, residuals to a shifted base are encoded anew.
@@ -99,11 +99,12 @@ class Learn(Fit):
         optimizer = torch.optim.Adam(moves, lr=self.lr, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
         frozen = [number for number, free in enumerate(problem.free) if not free]
+        counted = list(problem.matrices) if shared else list(x)
         best, waited, step = x, 0, 0
         for step in range(1, self.steps + 1):
-            now = _moved(x, moves)
+            now = _moved(x, moves, counted)
             loss, gradient = problem.gradient(now, learnt[(step - 1) % len(learnt)], (step - 1) % self.masks)
-            gradients = list(gradient.values())
+            gradients = [gradient[name] for name in counted]
             for move, grad in zip(moves, [sum(gradients[1:], gradients[0])] if shared else gradients, strict=True):
                 grad[frozen] = 0.0
                 move.grad = grad
@@ -114,7 +115,7 @@ class Learn(Fit):
             advance(f"loss {loss:.5g}, held out {least:.5g}")
             if step % self.every and step != self.steps:
                 continue
-            now = _moved(x, moves)
+            now = _moved(x, moves, counted)
             found = problem.evaluate_on(now, held)
             best, least, waited = (now, found, 0) if found < least else (best, least, waited + 1)
             if waited >= self.patience:
@@ -123,7 +124,7 @@ class Learn(Fit):
 
 
 def _begin(problem: Problem, held: range) -> tuple[Factors, float]:
-    """Return the best of a few scales that are the same for all tensors, the start among them, and its held-out loss."""
+    """Return the best of a few scales that are the same for all matrices, and its held-out loss."""
     low, start, high = problem.range
     places = [start, *(low + (high - low) * i / (_BEGIN - 1) for i in range(_BEGIN))] if problem.free[-1] else [0.0]
     seen = {
@@ -141,9 +142,9 @@ def _spread(x: Factors, problem: Problem, per: str) -> Factors:
     return {name: value.expand(-1, rows[name]).contiguous() for name, value in x.items()}
 
 
-def _moved(x: Factors, moves: list[Tensor]) -> Factors:
-    every = moves * len(x) if len(moves) == 1 else moves
-    return {name: value + move for (name, value), move in zip(x.items(), every, strict=True)}
+def _moved(x: Factors, moves: list[Tensor], names: list[str]) -> Factors:
+    every = moves * len(names) if len(moves) == 1 else moves
+    return x | {name: x[name] + move for name, move in zip(names, every, strict=True)}
 
 
 def _label(problem: Problem) -> str:

@@ -250,14 +250,14 @@ class HiddenCapture:
 
 
 def _logits(output: object) -> Tensor:
-    """Return the logits among what a model returns: a tensor, an object or mapping with `logits`, or a tuple's first."""
+    """Return the logits among what a model returns: a tensor, something with `logits`, or the first of a tuple."""
     found: object = output
     if isinstance(output, Mapping):
         found = cast("Mapping[str, object]", output).get("logits")
     elif not isinstance(output, Tensor):
         found = getattr(output, "logits", None)
     if found is None and isinstance(output, (tuple, list)):
-        found = next(iter(cast("Sequence[object]", output)), None)
+        found = next(iter(cast("Sequence[object]", output)), None)  # pyright: ignore[reportUnknownArgumentType]
     if not isinstance(found, Tensor) or not found.ndim:
         raise InputError(
             f"the model returns {type(output).__name__}, in which no logits were found. Pass forward=, a function of "

@@ -20,7 +20,7 @@ from dtrain.fit.trial import Trial, share_memory
 from dtrain.methods import Inputs, Method, Rescaled, Shifted
 from dtrain.methods.dbms import scaled
 from dtrain.methods.method import Encoder, Groups
-from dtrain.stages import Decoded, decode, matrix_shape
+from dtrain.stages import Decoded, Payload, Sign, decode, matrix_shape
 from dtrain.weights import read_weights
 
 #: By tensor name, logarithms of what the scales are multiplied with: float64 of shape (groups, 1) or (groups, rows).
@@ -53,7 +53,8 @@ class Problem:
 
     Args:
         method: Made the payloads.
-        changes: All tensors of the fine-tuned model; those of role "method" have scales.
+        changes: All tensors of the fine-tuned model.
+        vectors: Payloads of norms and biases by name: their scales are learnt, but not searched or computed.
         masks: For every random mask that the objective is averaged over what encodes a tensor, and what it made of
             each, by name; the first is the file's.
         inputs: What the tensors are multiplied with, where it was measured.
@@ -67,6 +68,7 @@ class Problem:
         method: Method,
         changes: Sequence[Change],
         masks: Sequence[tuple[Encoder, dict[str, Groups]]],
+        vectors: Mapping[str, tuple[Payload, ...]],
         inputs: Mapping[str, Inputs],
         rest: Mapping[str, Tensor],
         objective: Objective | None,
@@ -76,8 +78,12 @@ class Problem:
         self.evaluations = 0
         self._rest, self._watch = rest, watch
         self._changes = _apart(changes, objective)
-        self.changes = {change.name: change for change in self._changes if change.role == "method"}
-        self._masks = [_Codes(encoder, groups, {}, dict.fromkeys(groups, 1.0)) for encoder, groups in masks]
+        self.matrices = {change.name: change for change in self._changes if change.role == "method"}
+        self.changes = {c.name: c for c in self._changes if c.name in self.matrices or c.name in vectors}
+        fixed = {name: (*[()] * isinstance(masks[0][0], Shifted), found) for name, found in vectors.items()}
+        self._masks = [
+            _Codes(encoder, groups | fixed, {}, dict.fromkeys(self.changes, 1.0)) for encoder, groups in masks
+        ]
         self._trial: Trial | None = None
         self._written: _Codes | None = None
         self._stack = ExitStack()
@@ -100,11 +106,6 @@ class Problem:
         self._stack.close()
 
     @property
-    def names(self) -> list[str]:
-        """The tensors whose scales are free."""
-        return list(self.changes)
-
-    @property
     def groups(self) -> int:
         """Number of scales per tensor: one, or two where there is a base vector."""
         return 2 if isinstance(self._masks[0].encoder, Shifted) else 1
@@ -125,8 +126,9 @@ class Problem:
         return self.constant(*[0.0] * (self.groups - 1), self.range.start)
 
     def constant(self, *logs: float) -> Factors:
-        """Return factors that are the same for all tensors, one logarithm per scale of a tensor."""
-        return {name: torch.tensor(logs, dtype=torch.float64)[:, None] for name in self.changes}
+        """Return factors that are the same for all matrices, one logarithm per scale; vectors keep theirs."""
+        moved = torch.tensor(logs, dtype=torch.float64)[:, None]
+        return {name: moved if name in self.matrices else torch.zeros_like(moved) for name in self.changes}
 
     def evaluate(self, x: Factors) -> float:
         """Return the objective, averaged over the masks; residuals are taken from the base as it is shifted now."""
@@ -205,7 +207,8 @@ class Problem:
             shift = _factor(x[name][0, 0])
             if codes.shifts[name] == shift:
                 continue
-            base = codes.groups[name][0]
+            if not (base := codes.groups[name][0]):
+                continue
             residual = codes.encoder.residual(name, change.delta(), scaled(base, shift), self.inputs.get(name))
             codes.groups[name], codes.shifts[name] = (base, residual), shift
             if self._trial is not None:
@@ -272,13 +275,12 @@ def _apart(changes: Sequence[Change], objective: Objective | None) -> list[Chang
     """Copy what the objective's module shares memory with: what is read later must not move with it."""
     taken = [] if objective is None else list(read_weights(objective.module).tensors.values())
 
-    def own(tensor: Tensor | None) -> Tensor | None:
-        shared = tensor is not None and any(share_memory(tensor, other) for other in taken)
-        return tensor.clone() if tensor is not None and shared else tensor
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if any(share_memory(tensor, other) for other in taken) else tensor
 
     return [
-        replace(change, base=own(change.base), tuned=own(change.tuned) if change.base is not None else change.tuned)
-        if change.role == "method"
+        replace(change, base=own(_base(change)), tuned=own(change.tuned))
+        if change.role in ("method", "vector")
         else change
         for change in changes
     ]
@@ -300,10 +302,12 @@ def _range(method: Method) -> Range:
     if not isinstance(method, Rescaled):
         return Range(-_SPAN, 0.0, _SPAN)
     span = math.log(1 / method.keep)
+    # One magnitude for all: what is right for the mean of |D| is too little for its square, so q may fall below keep.
+    more = _SPAN if isinstance(method.pipeline.quantise, Sign) else 0.0
     if method.q == "search":  # payloads are not rescaled yet: 1/q is searched, and DARE is at the far end
-        return Range(0.0, span, span)
+        return Range(0.0, span, span + more)
     if method.q == "keep":
-        return Range(-span, 0.0, 0.0)
+        return Range(-span, 0.0, more)
     if isinstance(method.q, str):
         return Range(-span / 2, 0.0, span / 2)
     return Range(math.log(method.q), 0.0, math.log(method.q) + span)

@@ -62,10 +62,17 @@ def run(module: nn.Module, forward: Callable[[nn.Module, Any], object], batch: A
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], work: Callable[[], _Result]) -> _Result:
-    """Return what `work` returns while `tensors` stand in for the module's own of these names, and for those tied."""
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    own = {name.replace("_orig_mod.", ""): name for name, _ in named}
-    return functional_call(_Stage(module, work), {f"module.{own[name]}": value for name, value in tensors.items()}, ())
+    """Return what `work` returns while `tensors` stand in for the module's own of these names, and for those tied.
+
+    The module's other parameters take part without gradients.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    own = {name.replace("_orig_mod.", ""): name for name in (*parameters, *buffers)}
+    given = {own[name]: value for name, value in tensors.items()}
+    tied = {id(parameters[name]) for name in given if name in parameters}
+    rest = {name: value.detach() for name, value in parameters.items() if id(value) not in tied}
+    return functional_call(_Stage(module, work), {f"module.{n}": v for n, v in {**rest, **given}.items()}, ())
 
 
 class _Stage(nn.Module):

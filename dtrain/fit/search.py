@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,7 +73,7 @@ class Search(Fit):
                 search_shift(problem, evaluate, scan) if problem.groups == 2 else _global(problem, evaluate, scan)
             )
             if self.per == "tensor":
-                x, loss = _descend(evaluate, x, loss, problem.range)
+                x, loss = _descend(evaluate, x, list(problem.matrices), loss, problem.range)
         return Found(x, start, loss, {"evaluations": problem.evaluations})
 
 
@@ -134,9 +134,11 @@ def best_of(seen: Mapping[float, float]) -> float:
     return ties[len(ties) // 2]
 
 
-def _descend(evaluate: Callable[[Factors], float], x: Factors, loss: float, where: Range) -> tuple[Factors, float]:
+def _descend(
+    evaluate: Callable[[Factors], float], x: Factors, names: Sequence[str], loss: float, where: Range
+) -> tuple[Factors, float]:
     """Move one tensor's last scale after the other for as long as the loss falls: it can only get better."""
-    for name in x:
+    for name in names:
         for step in (_STEP, -_STEP):
             improved = False
             while where.low <= float((moved := _moved(x[name], step))[-1, 0]) <= where.high:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -134,9 +135,11 @@ class Dbms(Method):
                 "Dbms(source='shared') got no base vector. Make one with dtrain.shared_base(base, finetunes, method), "
                 "save it, and pass shared= (on the command line --shared FILE)."
             )
-        base, residual = (host.plan(deltas) for host in self.hosts)
         lam, eta = (1.0 if value == "fit" else value for value in (self.lam, self.eta))
-        return Shifted(base, residual, lam, eta, shared if self.source == "shared" else None)
+        first, second = self.hosts
+        shifted = Shifted(first.plan(deltas), second.encode, lam, eta, shared if self.source == "shared" else None)
+        # What a host settles by looking at everything, it settles for the residuals to the shift that is begun with.
+        return shifted.followed_by(second.plan([(name, partial(shifted.rest, name, get)) for name, get in deltas]))
 
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return the payloads of base vector and residual, with lam = 1 and eta = 1 where they are yet to be fitted."""
@@ -165,6 +168,14 @@ class Shifted:
         self._base, self._residual, self._shared = base, residual, shared
         self._lam, self._eta = (float(torch.tensor(value, dtype=torch.float32)) for value in (lam, eta))
 
+    def followed_by(self, residual: Encoder) -> Shifted:
+        """Return the same with another encoder of the residual."""
+        return Shifted(self._base, residual, self._lam, self._eta, self._shared)
+
+    def rest(self, name: str, get: Callable[[], Tensor]) -> Tensor:
+        """Return what the shift that is begun with leaves of a delta."""
+        return _rest(name, delta := get(), self._vector(name, delta, None))
+
     def __call__(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
         """Return all payloads of one tensor."""
         base, residual = self.groups(name, delta, inputs)
@@ -172,22 +183,28 @@ class Shifted:
 
     def groups(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> Groups:
         """Return the payloads of base vector and residual."""
-        base = self._base(name, delta, inputs) if self._shared is None else self._shared.get(name, ())
-        base = scaled(base, self._lam)
+        base = self._vector(name, delta, inputs)
         return base, self.residual(name, delta, base, inputs)
 
     def residual(
         self, name: str, delta: Tensor, base: tuple[Payload, ...], inputs: Inputs | None = None
     ) -> tuple[Payload, ...]:
         """Return the payloads of what a base vector, as it is scaled now, leaves of the delta."""
-        rest = (delta.double().cpu() - rebuild(base, name, delta.shape)).float().to(delta.device)
-        return scaled(self._residual(name, rest, inputs), self._eta)
+        return scaled(self._residual(name, _rest(name, delta, base), inputs), self._eta)
 
     def stored(self, base: tuple[Payload, ...], factor: float = 1.0) -> tuple[Payload, ...]:
         """Return what the file holds of a base vector whose payloads are scaled by `factor`: of a shared one, lam."""
         if self._shared is None or not base:
             return scaled(base, factor)
         return (Payload(SHARED, torch.empty(0, dtype=torch.uint8), self._lam * factor),)
+
+    def _vector(self, name: str, delta: Tensor, inputs: Inputs | None) -> tuple[Payload, ...]:
+        own = self._base(name, delta, inputs) if self._shared is None else self._shared.get(name, ())
+        return scaled(own, self._lam)
+
+
+def _rest(name: str, delta: Tensor, base: tuple[Payload, ...]) -> Tensor:
+    return (delta.double().cpu() - rebuild(base, name, delta.shape)).float().to(delta.device)
 
 
 def as_base_vector(method: Method) -> Method:
