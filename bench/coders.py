@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with models/ and data/")
     parser.add_argument("--out", type=Path, default=Path("bench/results/coders.json"))
     arguments = parser.parse_args()
-    task, rules = sst2(arguments.shared, 0), dtrain.Rules()
+    task, rules = sst2(arguments.shared, 0), dtrain.Rules(embeddings=())
     chosen = [n for n, tensor in task.tuned.items() if rules.role(n, tensor.shape, tensor.dtype) == "method"]
     deltas = {name: task.tuned[name] - task.base[name] for name in chosen}
     rows = measure({name: delta for name, delta in deltas.items() if delta.any()})

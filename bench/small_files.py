@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,14 +38,14 @@ from bench.cells import (
     show,
     task_of,
 )
-from bench.tasks import TASKS, Task
+from bench.tasks import TASKS
 from dtrain.artifact import Role
 from dtrain.stages import All
 
 RATIOS = (1000, 2000, 5000)
 KEEP = 1 / 32
 BEFORE = dtrain.Rules(embeddings=(), vectors="float16", fresh="exact")
-VECTORS = ("*.bias", "*norm*.weight", "*Norm*.weight")
+VECTORS = ("*.bias", "*[Nn]orm*.weight")
 #: By label: what differs from the default rules, and the keep rate.
 CODES: dict[str, tuple[dict[str, Any], float]] = {
     "default": ({}, KEEP),
@@ -85,7 +85,7 @@ def code_job(name: str, seed: int, shared: Path, label: str) -> Job:
     def measure() -> Cell:
         task = task_of(name, seed, shared)
         delta = dtrain.compress(task.base, task.tuned, method, rules=dtrain.Rules(**changed))
-        return {**scored(task, delta), "base_change": base_change(task), "bytes": by_kind(delta)}
+        return {**scored(task, delta), "base_change": base_change(name, seed, shared), "bytes": by_kind(delta)}
 
     settings = {"method": plain(method.describe()), "rules": plain(changed)}
     return Job(f"{name} | {seed} | {label}", settings, measure, ((name, seed),))
@@ -130,8 +130,10 @@ def by_kind(delta: dtrain.Delta) -> dict[str, int]:
     return {kind: sum(row.payload_bytes for row in rows if row.kind == kind) for kind in KINDS}
 
 
-def base_change(task: Task) -> float:
+@lru_cache
+def base_change(name: str, seed: int, shared: Path) -> float:
     """Return how far the base's last hidden state is from the fine-tuned model's."""
+    task = task_of(name, seed, shared)
     objective = task.objective()
     objective.remember()
     task.model.load_state_dict(task.base)

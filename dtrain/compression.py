@@ -71,9 +71,7 @@ def compress(
     _check_json(training)
     fit = fit_of(method, fit)
     _check_data(method, fit, objective, calibration)
-    rules = rules or Rules()
-    if method.bitwise:
-        rules = replace(rules, embeddings=(), fresh="exact")
+    rules = _fitting(rules or Rules(), method, base)
     tuned = read_weights(finetuned)
     changes = pair(_zeros_for(tuned) if base is None else read_weights(base), tuned, rules)
     if method.bitwise:
@@ -102,6 +100,15 @@ def compress(
     name = file_digest(family.content) if family is not None and used else b""
     content = Content(tuple(records.values()), _fingerprint(changes, hashes), metadata, name)
     return Delta(content, shared=family.content if family is not None and used else None)
+
+
+def _fitting(rules: Rules, method: Method, base: Source | None) -> Rules:
+    """Return the rules without what does not suit a bitwise method, or a base of zeros, to which nothing is close."""
+    if method.bitwise:
+        return replace(rules, embeddings=(), fresh="exact")
+    if base is None:
+        return replace(rules, embeddings=(), vectors="float16" if rules.vectors == "auto" else rules.vectors)
+    return rules
 
 
 def _zeros_for(tuned: Weights) -> Weights:

@@ -50,13 +50,20 @@ class Rules:
     6. A `weight` or `bias` of at most one dimension longer than one (norms, biases): its delta, coded by `vectors`.
     7. Everything else (single tokens, running statistics, excluded matrices): its delta in half precision.
 
-    DEFAULTS
+    The defaults are for small files: where matrices take a thirtieth of a bit per weight, half-precision vectors would
+    take twice what they do. Measured on MiniLM fine-tuned on SST-2 (one seed), as the change of the last hidden state
+    on 128 training sentences that were not trained on, in units of the base's: with all else exact, token embeddings at
+    the base 0.033, norms and biases by their signs 0.021, left at the base 0.059, while signs of 1/32 of the matrices
+    take 0.40 to 0.63, depending on their scale. For half the bytes embeddings change that by 0.002; for the same bytes,
+    spent on the matrices, it falls from 0.396 to 0.333. That is evidence for classifiers of sentences, not for a new
+    language, a domain of new words, or tokens that were trained from scratch: give `embeddings=()` there. A report
+    names what was left at the base.
 
     Args:
         include: Tensors that the method may compress.
         exclude: Tensors that the method must leave alone; the delta of a matrix is kept in half precision instead.
         whole: Tensors that are fresh in the fine-tuned model, stored without the base and no part of its fingerprint.
-        drop: Tensors that stay at the base: their delta is thrown away. One that the base does not have is left out.
+        drop: Tensors that stay at the base: their delta is thrown away. One that does not fit the base is left out.
         embeddings: Token embeddings, which stay at the base as well; but where the base has none of their shape (a
             vocabulary that grew) they are stored whole. No pattern: the method compresses them.
         vectors: How the deltas of norms and biases are stored: "sign" is one bit a value and one scale a tensor;

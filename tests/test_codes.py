@@ -198,6 +198,16 @@ def test_a_delta_of_embeddings_alone_is_refused_in_a_sentence():
     assert dtrain.compress(base, only, Dare(keep=1), rules=Rules(embeddings=())).report().ratio > 0
 
 
+def test_nothing_is_close_to_a_base_of_zeros():
+    _, tuned = pair()
+    state = dtrain.compress(None, tuned, Dare(keep=1)).state_dict(None)
+    assert all(
+        torch.allclose(state[name], value, rtol=2**-10, atol=1e-6) for name, value in tuned.items() if "e." in name
+    )
+    asked = dtrain.compress(None, tuned, Dare(keep=1), rules=Rules(vectors="sign")).state_dict(None)
+    assert float(asked["e.norm.bias"].abs().std()) < 1e-6
+
+
 class Tied(nn.Module):
     """The first name of the tied tensor is the output layer's."""
 
