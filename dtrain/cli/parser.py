@@ -44,7 +44,7 @@ bits (norms and biases), or, all the rest, as a delta in half precision."""
 _TEXTS = """\
 For methods that are fitted to inputs or look at them. FINETUNED is then the
 Hugging Face folder of a text model, with its tokenizer; it is run from local
-files, and no code that comes with it. The texts should be of the training set."""
+files, without any code that comes with it. Give texts of the training set."""
 
 _REFERS = "the file of `dtrain share` that DELTA refers to (default: the one in its folder that has the right hash)"
 

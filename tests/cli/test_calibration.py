@@ -1,7 +1,10 @@
 """`compress --calibration`: a Hugging Face folder is run on texts."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -9,6 +12,7 @@ import pytest
 import torch
 import transformers
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 
 import dtrain
 from dtrain.cli.huggingface import load_text_model
@@ -144,6 +148,21 @@ def test_fits(run, texts, words, fit, objective):
     assert Path("d.safetensors").read_bytes() == Path("expected.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("bare", [False, True], ids=["", "base without a head"])
+def test_scales_of_a_tied_decoder_are_learnt(run, texts, bare):
+    decoder()
+    if bare:
+        save(transformers.AutoModelForCausalLM.from_pretrained("base").transformer, "base")
+    words = ["--method=SeededSign", "--method.keep=0.5", "--fit=Learn", "--fit.steps=10"]
+    code, out, err = run(*COMPRESS, *words, "--calibration", texts, "--calibration.batch=10", "--json")
+    assert (code, err) == (0, "")
+    fit = json.loads(out)["fit"]
+    assert fit["objective"] == "top-5 logit mse"
+    assert fit["loss"] < fit["start"]
+    assert fit["factors"][0] < fit["factors"][1]
+    assert run("verify", "base", "d.safetensors")[0] == 0
+
+
 def test_what_was_fitted_is_printed(run, texts):
     encoder()
     code, out, err = run(*COMPRESS, "--method=SeededSign", "--fit=Learn", "--fit.steps=2", "--calibration", texts)
@@ -221,8 +240,6 @@ def test_tensors_that_no_layer_holds_are_renamed_like_all(prefix):
 
 
 def test_a_buffer_that_only_old_checkpoints_have_is_no_hindrance(run, texts):
-    from safetensors.torch import load_file, save_file
-
     encoder()
     for folder, name in (("base", "embeddings.position_ids"), ("tuned", "bert.embeddings.position_ids")):
         state = load_file(f"{folder}/model.safetensors") | {name: torch.arange(24)[None]}
@@ -358,10 +375,15 @@ def test_only_a_folder_can_be_run(run, texts, base):
     check_refusal(run(*argv), 2 if base == "zeros" else 1, "tuned.safetensors")
 
 
+@pytest.mark.multiproc
+def test_no_command_waits_for_what_only_a_calibration_takes():
+    code = "import sys, dtrain.cli.commands; sys.exit(bool({'transformers', 'pyarrow', 'lightning'} & {*sys.modules}))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("module", ["transformers", "pyarrow"])
 def test_what_is_not_installed_is_named(run, texts, module, monkeypatch):
-    import sys
-
     encoder()
     parquet.write_table(pyarrow.table({"a": ["x"]}), "t.parquet")
     monkeypatch.setitem(sys.modules, module, None)
