@@ -10,8 +10,7 @@ tasks; it picks up where it stopped.
   signs and magnitudes) as `SeededSign`, and one per task with the residual. Of the bytes of all payloads, a half or a
   quarter is the shared file's.
 * The four files together have no more bytes than the three independent ones, before what they say of their fits.
-* The base vector starts with its norm matched, the midpoint between what keeps its mean and what keeps its elements.
-  Scales are learnt per tensor, two of them where there is a base vector, by the hidden states of 256 unlabelled
+* Scales are learnt per tensor, two of them where there is a base vector, by the hidden states of 256 unlabelled
   training sentences that were not trained on. The validation splits are only scored: accuracy for SST-2 and SUBJ, the
   correlation of Matthews for CoLA.
 """
@@ -48,7 +47,6 @@ from bench.tasks import Task
 
 FAMILY = ("sst2", "subj", "cola")
 KEEPS = (1 / 32, 1 / 128)
-OTHER_MASK = 1000  # the base vector's masks are independent of the residuals'
 HEADER = ("keep", "way", "seeds", "total bytes", "of them shared", *FAMILY, "mean", "less independent", "processor s")
 
 
@@ -129,7 +127,7 @@ def measure_shared(tasks: Sequence[Task], keep: float, seed: int, way: Way) -> C
 
 
 def base_vector(tasks: Sequence[Task], keep: float, seed: int, way: Way) -> dtrain.Delta:
-    method = dtrain.SeededSign(keep=len(tasks) * way.part * keep, seed=seed + OTHER_MASK, q="norm")
+    method = sign(len(tasks) * way.part * keep, seed)
     merge: Any = way.merge
     return dtrain.shared_base(tasks[0].base, [task.tuned for task in tasks], method, merge=merge)
 

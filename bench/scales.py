@@ -147,8 +147,8 @@ def job(
 
     def measure() -> Cell:
         task = task_of(name, seed, shared)
-        method = host if way.dbms is None else shifted(task, host, way.dbms, rules)
         try:
+            method = host if way.dbms is None else shifted(task, host, way.dbms, rules)
             delta, cell = compressed(task, method, way.fit, way.objective, way.batches, rules=rules)
         except dtrain.InputError as error:
             return {"refused": str(error)}
