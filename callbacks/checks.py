@@ -10,7 +10,10 @@ from typing import Any, cast
 import lightning.pytorch as pl
 
 from dtrain.callbacks.evaluation import lightning_of
+from dtrain.delta import load
 from dtrain.errors import InputError
+from dtrain.fit import Fit, Learn
+from dtrain.methods import Dbms, Method
 
 #: Callbacks that put other weights into the module when training ends.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -36,13 +39,36 @@ def check_path(path: str | Path | None) -> None:
         raise InputError(f"{folder} cannot be written to, so there can be no {path}. Give another `path`.")
 
 
+def check_fit(method: Method, fit: Fit | None, fit_on: str, batches: int, shared: str | Path | None) -> None:
+    """Raise an InputError if a method and a fit cannot do with what they are given."""
+    if fit is not None and method.bitwise:
+        raise InputError(f"{type(method).__name__} has no scales to fit. Leave `fit` out, or use a lossy method.")
+    if isinstance(fit, Learn) and fit_on == "metric":
+        raise InputError(
+            "Learn follows a gradient, and a metric has none. Use fit_on='hidden', or fit=dtrain.Search()."
+        )
+    if isinstance(fit, Learn) and batches < 2:
+        raise InputError("Learn learns from some batches and stops by others. Give calibration_batches=2 or more.")
+    if shared is None and isinstance(method, Dbms) and method.source == "shared":
+        raise InputError(
+            "Dbms(source='shared') got no base vector. Make one with dtrain.shared_base(base, finetunes, method), save "
+            "it, and give DeltaCompressionCallback(shared=...) its path."
+        )
+
+
+def check_shared(shared: str | Path | None) -> None:
+    """Raise what keeps the file of a base vector from being read."""
+    if shared is not None:
+        load(shared)
+
+
 def check_validation_step(pl_module: pl.LightningModule) -> None:
     """Raise an InputError if a module has none."""
     plain = lightning_of(pl_module).LightningModule
     if type(pl_module).validation_step is plain.validation_step:
         raise InputError(
-            f"q is searched with the module's own validation_step, and {type(pl_module).__name__} has none. Define it, "
-            "or choose a method that needs no data, such as DareX(q='norm')."
+            f"scales are fitted with the module's own validation_step, and {type(pl_module).__name__} has none. Define "
+            "it, or choose a method that needs no data, such as DareX(q='norm')."
         )
 
 

@@ -12,37 +12,50 @@ from torch import nn
 from typing_extensions import override
 
 from dtrain.callbacks.base import Base
-from dtrain.callbacks.checks import check_callbacks, check_choices, check_path, check_validation_step
+from dtrain.callbacks.checks import (
+    check_callbacks,
+    check_choices,
+    check_fit,
+    check_path,
+    check_shared,
+    check_validation_step,
+)
 from dtrain.callbacks.evaluation import has_validation, validate
 from dtrain.callbacks.live import kept, load_weights, part_of, same_on_all_ranks, submodule, without_counters
 from dtrain.callbacks.objective import (
+    Aim,
+    FitOn,
     Mode,
-    ValidationObjective,
     check_calibration,
     check_one_process,
     goal,
     missing_metric,
     pick,
+    training_objective,
     validation_calibration,
 )
-from dtrain.callbacks.outcome import Outcome, conclude, run_folder
+from dtrain.callbacks.outcome import FitLog, Outcome, conclude, provenance, run_folder
 from dtrain.callbacks.strategies import refuse_sharded
 from dtrain.callbacks.watch import DeltaWatch, When, check_when
 from dtrain.compression import compress
 from dtrain.delta import Delta
 from dtrain.errors import InputError
-from dtrain.fit import Calibration
+from dtrain.fit import Fit, Learn, fit_of
 from dtrain.methods import DareX, Method
 from dtrain.rules import EMBEDDINGS, HEADS, FreshCode, Rules, VectorCode
 from dtrain.weights import Weights, read_weights
 
 __all__ = ["DeltaCompressionCallback", "Outcome"]
 
+#: What the callback does without arguments, and why is said in the docstring.
+DEFAULT_METHOD: Method = DareX()
+DEFAULT_FIT: Fit | None = None
+
 
 class DeltaCompressionCallback(pl.Callback):
     """Write the fine-tuned model as one small delta file when training ends, and say what that costs.
 
-    After `fit` it takes the last or the best weights, fits what the method leaves free on a few training batches,
+    After `fit` it takes the last or the best weights, fits scales on a few training batches where it is to,
     writes the file, runs the module's own validation with the base, the fine-tuned and the compressed weights, prints
     one table and logs `dtrain/bytes`, `dtrain/ratio`, `dtrain/metric_base`, `dtrain/metric_finetuned`,
     `dtrain/metric_compressed` and `dtrain/metric_drop` to every logger. The module, its checkpoints and the other
@@ -76,6 +89,8 @@ class DeltaCompressionCallback(pl.Callback):
 
     Args:
         method: How to compress; None is `DareX(keep=0.1)`.
+        fit: How scales are found after encoding, such as `Learn()`; None for the method's own way, which is none for
+            most and a search for `DareX` and `Dbms`. The loss goes to the loggers while it falls, as `dtrain/fit_loss`.
         path: Where the file goes; None is `delta.safetensors` in the log folder of the run.
         monitor: Metric of the validation loop; None is the one that the checkpoint callback monitors, if it does.
         mode: "max" where more of it is better, "min" where less is; None is the checkpoint callback's mode, if that
@@ -85,17 +100,19 @@ class DeltaCompressionCallback(pl.Callback):
             submodule, so it fits the plain model outside Lightning. Empty for the whole LightningModule.
         base: Weights that the fine-tuning starts from: a `.safetensors` file, a Hugging Face folder or a `.ckpt`.
             None takes a snapshot when training begins.
-        fit_on: What q is searched on: "hidden" keeps the last hidden state (q_e, no labels), "metric" keeps the
-            monitored metric (q_v) on training batches.
+        fit_on: What scales are fitted to, on training batches: "hidden" keeps the last hidden state (q_e) and "logits"
+            the output, without labels; "metric" keeps the monitored metric (q_v), which has no gradient to learn from.
         calibration_batches: Number of training batches for the fit, or to look at the inputs of layers on.
         include: Patterns of tensors the method may compress.
         exclude: Patterns of tensors it must leave alone; the delta of a matrix is kept in half precision.
         whole: Patterns of tensors that are fresh in the fine-tuned model and stored without the base.
         drop: Patterns of tensors that stay at the base.
+        shared: The file of a family's base vector, which `dtrain.shared_base` makes, for `Dbms(source="shared")`.
         embeddings: Patterns of token embeddings, which stay at the base as well where they fit it; none to compress
             them by the method.
         vectors: How the deltas of norms and biases are stored: "sign" is one bit a value and one scale a tensor,
-            "uniform4" and "uniform8" are 4 and 8 bits, "float16" is half precision.
+            "uniform4" and "uniform8" are 4 and 8 bits, "float16" is half precision, "auto" is "sign", but "uniform4"
+            for a dtype of 16 bits.
         fresh: How matrices are stored that are fresh: "uniform8" and "uniform4" are 8 and 4 bits a value and a step
             per row, "float16" is half precision, "exact" is bit for bit.
         watch: When to log what the delta looks like and what its file would take: a number for every so many optimizer
@@ -114,26 +131,31 @@ class DeltaCompressionCallback(pl.Callback):
         source: Literal["last", "best"] = "last",
         module: str = "",
         base: str | Path | None = None,
-        fit_on: Literal["hidden", "metric"] = "hidden",
+        fit_on: Aim = "hidden",
         calibration_batches: int = 8,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         whole: Sequence[str] = HEADS,
         drop: Sequence[str] = (),
         embeddings: Sequence[str] = EMBEDDINGS,
-        vectors: VectorCode = "sign",
+        vectors: VectorCode = "auto",
         fresh: FreshCode = "uniform8",
         watch: When = "epoch",
+        fit: Fit | None = None,
+        shared: str | Path | None = None,
     ) -> None:
         check_when(watch)
         check_choices(mode=(mode, ("max", "min", None)), source=(source, ("last", "best")))
-        check_choices(fit_on=(fit_on, ("hidden", "metric")))
+        check_choices(fit_on=(fit_on, ("hidden", "logits", "metric")))
         if calibration_batches < 1:
             raise InputError(f"`calibration_batches` must be at least 1, got {calibration_batches}.")
-        self.method = method or DareX()
+        self.method, self.fit = (method, fit) if method is not None else (DEFAULT_METHOD, fit or DEFAULT_FIT)
+        check_fit(self.method, self.fit, fit_on, calibration_batches, shared)
+        self.shared = shared
         self.path, self.monitor, self.source, self.module = path, monitor, source, module
         self.mode: Mode | None = mode
-        self.fit_on, self.calibration_batches = fit_on, calibration_batches
+        self.fit_on: Aim = fit_on
+        self.calibration_batches = calibration_batches
         self.rules = Rules(
             include=include,
             exclude=exclude,
@@ -163,6 +185,7 @@ class DeltaCompressionCallback(pl.Callback):
         refuse_sharded(trainer, "DeltaCompressionCallback", "its weights would have to be gathered")
         check_callbacks(self, trainer, self.source)
         check_path(self.path)
+        check_shared(self.shared)
         if self._needs_objective:
             check_validation_step(pl_module)
             if self.fit_on == "metric" and goal(trainer, self.monitor, self.mode)[0] is None:
@@ -192,10 +215,10 @@ class DeltaCompressionCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training begins: the weights are those before the first step, unless the run is resumed."""
-        if self.method.needs != "nothing":
+        if self._needs_objective or self._measurers:
             check_calibration(trainer, pl_module)
-        if self.method.needs_calibration:
-            check_one_process(trainer, self.method)
+        for measurer in self._measurers:
+            check_one_process(trainer, measurer)
         if not _is_trial(trainer):
             self._base.take(trainer, submodule(pl_module, self.module))
 
@@ -242,20 +265,12 @@ class DeltaCompressionCallback(pl.Callback):
         with kept(target) as live:
             base = self.read_base(trainer)
             tuned = self._read_tuned(trainer, target, live, base)
-            self.delta = compress(
-                base,
-                tuned,
-                self.method,
-                objective=self._objective(trainer, pl_module, target),
-                calibration=self._calibration(trainer, pl_module, target),
-                rules=self.rules,
-                training=_provenance(trainer),
-            )
+            self.delta = self._compress(trainer, pl_module, target, base, tuned)
             path = self._write(trainer, self.delta)
             scores = self._measure(trainer, pl_module, target, base, tuned, self.delta)
         if self.monitor is not None and any(self.monitor not in found for found in scores.values()):
             rank_zero_warn(f"DeltaCompressionCallback: {missing_metric(scores['finetuned'], self.monitor)}")
-        self.outcome = conclude(path, self.delta.report(), scores, monitor, mode)
+        self.outcome = conclude(path, self.delta, scores, monitor, mode)
         self.outcome.log(trainer)
 
     @override
@@ -275,7 +290,13 @@ class DeltaCompressionCallback(pl.Callback):
 
     @property
     def _needs_objective(self) -> bool:
-        return self.method.needs == "objective"
+        fit = fit_of(self.method, self.fit)
+        return self.method.needs == "objective" or (fit is not None and fit.needs == "objective")
+
+    @property
+    def _measurers(self) -> list[object]:
+        """Those of method and fit that look at the inputs of layers."""
+        return [each for each in (self.method, self.fit) if each is not None and each.needs_calibration]
 
     @property
     def _must_have_metric(self) -> bool:
@@ -284,9 +305,8 @@ class DeltaCompressionCallback(pl.Callback):
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what the delta looks like now. All ranks have the same weights, and one of them writes the logs."""
-        if _is_trial(trainer) or not trainer.is_global_zero or not trainer.loggers:
-            return
-        if trainer.global_step == self._watched_at:
+        idle = _is_trial(trainer) or not trainer.is_global_zero or not trainer.loggers
+        if idle or trainer.global_step == self._watched_at:
             return
         self._watched_at = trainer.global_step
         target = submodule(pl_module, self.module)
@@ -297,7 +317,7 @@ class DeltaCompressionCallback(pl.Callback):
         def whole(method: Method) -> Delta:
             base = self.read_base(trainer)
             tuned = without_counters(live, base, target)
-            return compress(base, tuned, method, rules=self.rules, training=_provenance(trainer))
+            return compress(base, tuned, method, rules=self.rules, shared=self.shared, training=provenance(trainer))
 
         values = self._watch.look(live, whole)
         for logger in trainer.loggers:
@@ -314,19 +334,30 @@ class DeltaCompressionCallback(pl.Callback):
                 raise InputError(f"{best} holds no weights of the submodule {self.module!r}. Use source='last'.")
         return same_on_all_ranks(trainer, without_counters(tuned, base, target), target)
 
-    def _objective(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, target: nn.Module
-    ) -> ValidationObjective | None:
-        if not self._needs_objective:
-            return None
-        monitor, mode = goal(trainer, self.monitor, self.mode)
-        used = monitor if self.fit_on == "metric" else None
-        return ValidationObjective(trainer, pl_module, target, self.calibration_batches, used, mode)
-
-    def _calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule, target: nn.Module) -> Calibration | None:
-        if not self.method.needs_calibration:
-            return None
-        return validation_calibration(trainer, pl_module, target, self.calibration_batches)
+    def _compress(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, target: nn.Module, base: Weights, tuned: Weights
+    ) -> Delta:
+        objective = calibration = None
+        if self._needs_objective:
+            monitor, mode = goal(trainer, self.monitor, self.mode)
+            aim = FitOn(self.fit_on, monitor, mode, learns=isinstance(self.fit, Learn))
+            objective = training_objective(trainer, pl_module, target, self.calibration_batches, aim)
+        if self._measurers:
+            calibration = validation_calibration(trainer, pl_module, target, self.calibration_batches)
+        delta = compress(
+            base,
+            tuned,
+            self.method,
+            fit=self.fit,
+            objective=objective,
+            calibration=calibration,
+            rules=self.rules,
+            shared=self.shared,
+            training=provenance(trainer),
+            watch=FitLog(trainer),
+        )
+        # Every rank has fitted, in the same time, but no two need agree in the last bit: that of the first counts.
+        return trainer.strategy.broadcast(delta)
 
     def _write(self, trainer: pl.Trainer, delta: Delta) -> Path:
         folder = run_folder(trainer)
@@ -364,12 +395,3 @@ def _is_trial(trainer: pl.Trainer) -> bool:
 
 def _in_fit(trainer: pl.Trainer) -> bool:
     return trainer.state.fn == "fit"
-
-
-def _provenance(trainer: pl.Trainer) -> dict[str, Any]:
-    return {
-        "epochs": trainer.current_epoch,
-        "steps": trainer.global_step,
-        "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
-        "precision": str(trainer.precision),
-    }

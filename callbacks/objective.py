@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sized
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from typing_extensions import override
 
 from dtrain.callbacks.evaluation import mean_over_ranks, validate
+from dtrain.callbacks.replay import record
 from dtrain.errors import InputError
-from dtrain.fit import Calibration, HiddenCapture, mean_change
-from dtrain.methods import Method
+from dtrain.fit import Calibration, HiddenCapture, HiddenChange, LogitChange, Objective, mean_change
 
 Mode = Literal["max", "min"]
+Aim = Literal["hidden", "logits", "metric"]
 
 
 class ValidationObjective:
@@ -27,7 +28,8 @@ class ValidationObjective:
         trainer: The trainer of the run.
         pl_module: The module.
         target: The part of it that the delta belongs to.
-        batches: How many training batches to look at.
+        loader: Gives the training batches.
+        batches: How many of them to look at.
         monitor: The metric to improve (q_v); None to keep the last hidden state instead (q_e).
         mode: "max" where more of the metric is better.
     """
@@ -37,6 +39,7 @@ class ValidationObjective:
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         target: nn.Module,
+        loader: Any,
         batches: int,
         monitor: str | None = None,
         mode: Mode = "max",
@@ -44,7 +47,7 @@ class ValidationObjective:
         self.module, self.label = target, "hidden change" if monitor is None else f"{monitor} on training batches"
         self._trainer, self._pl_module, self._batches = trainer, pl_module, batches
         self._monitor, self._sign = monitor, -1.0 if mode == "max" else 1.0
-        self._loader = calibration_loader(trainer, pl_module)
+        self._loader = loader
         self._target: list[Tensor] = []
 
     def remember(self) -> None:
@@ -90,6 +93,48 @@ class _Watch(pl.Callback):
         self._capture.last = None
 
 
+class FitOn(NamedTuple):
+    """What scales are fitted to.
+
+    Args:
+        what: "hidden", "logits" or "metric".
+        monitor: The metric.
+        mode: "max" where more of it is better.
+        learns: Whether the fit needs gradients.
+    """
+
+    what: Aim
+    monitor: str | None
+    mode: Mode
+    learns: bool
+
+
+def training_objective(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, target: nn.Module, batches: int, aim: FitOn
+) -> Objective:
+    """Return an objective on training batches (a collective).
+
+    The model is called again as the validation step has called it once; where that cannot be, the step itself is run
+    for every evaluation.
+
+    Raises:
+        InputError: If there would have to be gradients or logits, and the model cannot be called again.
+    """
+    loader = calibration_loader(trainer, pl_module)
+    monitor = aim.monitor if aim.what == "metric" else None
+    if monitor is None:
+        replay = record(trainer, pl_module, target, loader, batches)
+        if replay is not None:
+            return (HiddenChange if aim.what == "hidden" else LogitChange)(target, *replay)
+        if aim.learns or aim.what == "logits":
+            raise InputError(
+                f"validation_step calls no part of {type(target).__name__}, or several one after the other, so there "
+                "is no forward pass to learn from. Let it call one module, such as `self(x)`, and name that one in "
+                "DeltaCompressionCallback(module=...); or use fit_on='metric' with fit=Search()."
+            )
+    return ValidationObjective(trainer, pl_module, target, loader, batches, monitor, aim.mode)
+
+
 def validation_calibration(
     trainer: pl.Trainer, pl_module: pl.LightningModule, target: nn.Module, batches: int
 ) -> Calibration:
@@ -108,15 +153,15 @@ def validation_calibration(
     )
 
 
-def check_one_process(trainer: pl.Trainer, method: Method) -> None:
-    """Refuse a method that looks at inputs where every process would see others and make another delta.
+def check_one_process(trainer: pl.Trainer, who: object) -> None:
+    """Refuse a method or a fit that looks at inputs where every process would see others and make another delta.
 
     Raises:
         InputError: If the run has more than one process.
     """
     if trainer.world_size > 1:
         raise InputError(
-            f"{type(method).__name__} measures the inputs of layers, which differ between the {trainer.world_size} "
+            f"{type(who).__name__} measures the inputs of layers, which differ between the {trainer.world_size} "
             "processes of this run. Train on one device, or compress the checkpoint afterwards with dtrain.compress."
         )
 

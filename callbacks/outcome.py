@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from rich.console import Console
 
 from dtrain.callbacks.table import outcome_table
+from dtrain.delta import Delta
 from dtrain.report import Report
 
 
@@ -23,6 +26,8 @@ class Outcome:
         scores: What validation logs for the "base", "finetuned" and "compressed" model, by name.
         monitor: The metric that counts; None without one, or where validation does not log it.
         drop: How much worse the compressed model is than the fine-tuned one, in that metric.
+        fitted: The loss of the fit at its start and with the scales that were kept; None where nothing was fitted to an
+            objective.
     """
 
     path: Path
@@ -30,6 +35,7 @@ class Outcome:
     scores: Mapping[str, Mapping[str, float]]
     monitor: str | None
     drop: float | None
+    fitted: tuple[float | None, float] | None = None
 
     def values(self) -> dict[str, float]:
         """Return what goes to the loggers."""
@@ -37,6 +43,9 @@ class Outcome:
         if self.monitor is not None and self.drop is not None:
             values |= {f"dtrain/metric_{who}": found[self.monitor] for who, found in self.scores.items()}
             values["dtrain/metric_drop"] = self.drop
+        if self.fitted is not None:
+            names = ("dtrain/fit_start", "dtrain/fit_loss")
+            values |= {name: loss for name, loss in zip(names, self.fitted, strict=True) if loss is not None}
         return values
 
     def log(self, trainer: pl.Trainer) -> None:
@@ -54,14 +63,44 @@ class Outcome:
         )
 
 
+class FitLog:
+    """Called with the losses of a fit: writes them to every logger, on the steps that follow those of the training.
+
+    Args:
+        trainer: The trainer of the run.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer, self._seen = trainer, 0
+
+    def __call__(self, number: int, loss: float) -> None:
+        """Log one loss. Not by its number: a fit counts steps and evaluations apart."""
+        self._seen += 1
+        if self._trainer.is_global_zero and math.isfinite(loss):
+            for logger in self._trainer.loggers:
+                logger.log_metrics({"dtrain/fit_loss": loss}, step=self._trainer.global_step + self._seen)
+
+
 def conclude(
-    path: Path, report: Report, scores: Mapping[str, Mapping[str, float]], monitor: str | None, mode: str
+    path: Path, delta: Delta, scores: Mapping[str, Mapping[str, float]], monitor: str | None, mode: str
 ) -> Outcome:
     """Return the outcome; `monitor` counts if every model was scored by it."""
+    report, fit = delta.report(), delta.content.metadata.get("fit", {})
+    fitted = (fit.get("start"), fit["loss"]) if "loss" in fit else None
     if monitor is None or not scores or any(monitor not in found for found in scores.values()):
-        return Outcome(path, report, scores, None, None)
+        return Outcome(path, report, scores, None, None, fitted)
     tuned, compressed = (scores[who][monitor] for who in ("finetuned", "compressed"))
-    return Outcome(path, report, scores, monitor, tuned - compressed if mode == "max" else compressed - tuned)
+    return Outcome(path, report, scores, monitor, tuned - compressed if mode == "max" else compressed - tuned, fitted)
+
+
+def provenance(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return what the file says of the training."""
+    return {
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
+        "precision": str(trainer.precision),
+    }
 
 
 def run_folder(trainer: pl.Trainer) -> Path:

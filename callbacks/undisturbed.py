@@ -38,12 +38,19 @@ def undisturbed(pl_module: pl.LightningModule, plain: type[pl.LightningModule]) 
     vars(pl_module).update({hook: getattr(plain, hook).__get__(pl_module) for hook in _SETUP_HOOKS})
     vars(pl_module)["zero_grad"] = lambda *_, **__: None  # type: ignore[misc]  # any signature
     try:
-        with isolate_rng(), _silent():
-            _seed()
+        with same_numbers(), _silent():
             yield
     finally:
         for module, attributes in before.items():
             _restore(module, attributes)
+
+
+@contextmanager
+def same_numbers() -> Generator[None]:
+    """A context in which random numbers start from the same seed each time, and after which they go on as before."""
+    with isolate_rng():
+        _seed()
+        yield
 
 
 @contextmanager

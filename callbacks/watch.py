@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from typing_extensions import override
 from dtrain.compression import compress
 from dtrain.delta import Delta
 from dtrain.errors import InputError
-from dtrain.methods import Inputs, Method
+from dtrain.methods import Dbms, Inputs, Method
 from dtrain.methods.method import Deltas, Encoder
 from dtrain.rules import Rules
 from dtrain.stages import Payload, rebuild
@@ -43,7 +43,7 @@ class DeltaWatch:
     """
 
     def __init__(self, base: Weights, live: Weights, method: Method, rules: Rules) -> None:
-        self._method = method if method.needs == "nothing" else _Unfitted(method)
+        self._method, self._whole_method = _unfitted(method)
         self._rules = rules
         matrices = {
             name: start
@@ -88,7 +88,7 @@ class DeltaWatch:
         records = {record.name: record for record in thin.content.records}
         now = sum(record.payload_bytes for record in records.values())
         if self._whole is None or self._whole.is_stale(now, moved):
-            self._whole = _Whole.of(whole(self._method), self._rows.keys(), now, moved)
+            self._whole = _Whole.of(whole(self._whole_method), self._rows.keys(), now, moved)
         size = self._whole.project(now)
         error = self._error(deltas, {name: records[name].payloads for name in moved})
         return {
@@ -182,6 +182,17 @@ class _Unfitted(Method):
     @override
     def describe(self) -> dict[str, Any]:
         return self.host.describe()
+
+
+def _unfitted(method: Method) -> tuple[Method, Method]:
+    """Return what compresses the sample, and what compresses the whole, without a fit.
+
+    Of a shared base vector the task's file holds one scale per tensor: the sample is that of what it is to complete.
+    """
+    if isinstance(method, Dbms) and method.source == "shared":
+        return _unfitted(method.hosts[1])[0], replace(method, lam=1.0, eta=1.0)
+    plain = method if method.needs == "nothing" else _Unfitted(method)
+    return plain, plain
 
 
 def check_when(when: object) -> None:

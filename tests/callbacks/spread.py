@@ -67,6 +67,13 @@ def callbacks(folder):
     return [
         DeltaCompressionCallback(dtrain.Dare(keep=0.5), folder / "dare.safetensors", monitor="val_loss", mode="min"),
         DeltaCompressionCallback(dtrain.DareX(keep=0.3, masks=1, search="golden"), monitor="val_loss", mode="min"),
+        DeltaCompressionCallback(
+            dtrain.SeededSign(keep=0.3),
+            folder / "sign.safetensors",
+            fit=dtrain.Learn(steps=4, every=2),
+            monitor="val_loss",
+            mode="min",
+        ),
         ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True),
         Tell(folder),
     ]

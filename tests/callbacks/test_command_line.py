@@ -51,6 +51,22 @@ class TestCommandLine:
         "--trainer.callbacks.exclude=[b.*,c]",
         "--trainer.callbacks.whole=[]",
         "--trainer.callbacks.drop=[d]",
+        "--trainer.callbacks.embeddings=[]",
+        "--trainer.callbacks.vectors=uniform8",
+        "--trainer.callbacks.fresh=exact",
+        "--trainer.callbacks.watch=50",
+        "--trainer.callbacks.fit=dtrain.Search",
+        "--trainer.callbacks.fit.per=tensor",
+    )
+    SHIFTED = (
+        "--trainer.callbacks.method=dtrain.Dbms",
+        "--trainer.callbacks.method.host=dtrain.DareX",
+        "--trainer.callbacks.method.host.keep=0.05",
+        "--trainer.callbacks.method.source=shared",
+        "--trainer.callbacks.shared=family.safetensors",
+        "--trainer.callbacks.fit=dtrain.Learn",
+        "--trainer.callbacks.fit.steps=50",
+        "--trainer.callbacks.fit_on=logits",
     )
 
     def callback(self, trainer):
@@ -69,7 +85,26 @@ class TestCommandLine:
         assert (str(callback.path), callback.monitor, callback.mode) == ("out.safetensors", "val_acc", "min")
         assert (callback.source, callback.module, callback.fit_on) == ("best", "model", "metric")
         assert callback.calibration_batches == 3
-        assert callback.rules == dtrain.Rules(include=["a.*"], exclude=["b.*", "c"], whole=[], drop=["d"])
+        assert callback.rules == dtrain.Rules(
+            include=["a.*"],
+            exclude=["b.*", "c"],
+            whole=[],
+            drop=["d"],
+            embeddings=[],
+            vectors="uniform8",
+            fresh="exact",
+        )
+        assert (callback.watch, callback.fit) == (50, dtrain.Search(per="tensor"))
+
+    def test_a_shifted_base_and_learnt_scales(self, capsys, tmp_path):
+        with pytest.raises(SystemExit):
+            self.cli(self.NAME, *self.SHIFTED, "--print_config")
+        (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+        for given in ([self.NAME, *self.SHIFTED], [f"--config={tmp_path / 'config.yaml'}"]):
+            callback = self.callback(self.cli(*given).trainer)
+            assert callback.method.hosts == dtrain.Dbms(host=dtrain.DareX(keep=0.05), source="shared").hosts
+            assert (callback.fit, callback.fit_on) == (dtrain.Learn(steps=50), "logits")
+            assert callback.shared == "family.safetensors"
 
     def test_print_config_round_trip(self, capsys, tmp_path):
         with pytest.raises(SystemExit):
@@ -83,6 +118,8 @@ class TestCommandLine:
             ("source=first", "'last', 'best'"),
             ("mode=up", "'max', 'min'"),
             ("method.mask=dense", "'bernoulli', 'stratified'"),
+            ("watch=often", "'epoch', 'never'"),
+            ("fit=dtrain.BitDelta", "dtrain.BitDelta"),
         ],
     )
     def test_bad_literal(self, capsys, argument, message):

@@ -209,10 +209,14 @@ class TestUndisturbed:
         assert (module.layer.weight == 7).all()
 
 
+def objective_of(trainer, module, target, batches, *metric):
+    return ValidationObjective(trainer, module, target, calibration_loader(trainer, module), batches, *metric)
+
+
 class TestObjective:
     def test_hidden_change(self, tmp_path):
         def look(trainer, module):
-            objective = ValidationObjective(trainer, module, module.model, 2)
+            objective = objective_of(trainer, module, module.model, 2)
             objective.remember()
             first = objective.loss()
             with torch.no_grad():
@@ -229,7 +233,7 @@ class TestObjective:
     @pytest.mark.parametrize(("mode", "sign"), [("max", -1), ("min", 1)])
     def test_metric(self, tmp_path, mode, sign):
         def look(trainer, module):
-            objective = ValidationObjective(trainer, module, module, 3, "val_acc", mode)
+            objective = objective_of(trainer, module, module, 3, "val_acc", mode)
             objective.remember()
             with torch.no_grad():
                 model, (x, y) = module.model.eval(), dataset().tensors
@@ -240,7 +244,7 @@ class TestObjective:
 
     def test_unknown_metric(self, tmp_path):
         def look(trainer, module):
-            return ValidationObjective(trainer, module, module, 3, "acc").loss()
+            return objective_of(trainer, module, module, 3, "acc").loss()
 
         with pytest.raises(InputError, match=r"logs val_acc, val_loss, val_spread, but `monitor` is 'acc'"):
             inside(look, tmp_path)
@@ -250,7 +254,7 @@ class TestObjective:
         module.model = torch.compile(module.model, backend="eager")
 
         def look(trainer, module):
-            objective = ValidationObjective(trainer, module, module, 1)
+            objective = objective_of(trainer, module, module, 1)
             objective.remember()
             return objective._target[0].shape
 
@@ -258,7 +262,7 @@ class TestObjective:
 
     def test_no_hook_stays(self, tmp_path):
         def look(trainer, module):
-            ValidationObjective(trainer, module, module, 1).remember()
+            objective_of(trainer, module, module, 1).remember()
             return [len(part._forward_pre_hooks) for part in module.modules()]
 
         assert not any(inside(look, tmp_path))
