@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable
 
 from dtrain.errors import InputError
-from dtrain.fit.problem import Factors, Problem, Range
+from dtrain.fit.problem import Factors, Problem
 
-_LAMS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+_LAMS = (1.0, 0.75, 0.5, 0.25, 0.0, 1.25, 1.5)  # the start first: from its eta the others' are not far
 _REFINE = 3  # points between the neighbours of the best one
+_NEAR = math.log(2)  # how far from the best eta so far that of another lam is looked for
+_CLOSE = 0.1  # eta is found to about a twentieth
 
-Scan = Callable[[Callable[[float], float], Range], dict[float, float]]
+Point = tuple[float, float]
 
 
-def search_shift(problem: Problem, evaluate: Callable[[Factors], float], scan: Scan) -> tuple[Factors, float, float]:
+def search_shift(problem: Problem, evaluate: Callable[[Factors], float]) -> tuple[Factors, float, float]:
     """Return the best (lam, eta) for all tensors, the loss at the start and the loss at it.
 
     The codes of the residual follow lam. What the method fixes is not searched.
@@ -22,38 +24,60 @@ def search_shift(problem: Problem, evaluate: Callable[[Factors], float], scan: S
     Args:
         problem: Has two scales per tensor.
         evaluate: The objective at logarithms of both.
-        scan: Searches eta.
 
     Raises:
         InputError: If the objective is nowhere finite.
     """
     shift_is_free, scale_is_free = problem.free
-    seen: dict[tuple[float, float], float] = {}
+    low, start, high = problem.range
+    seen: dict[Point, float] = {}
 
     def look(lam: float) -> None:
+        """Find the best eta at one lam: in all of its range at first, near the best one after that."""
         log = math.log(lam) if lam else -math.inf
-        if scale_is_free:
-            found = scan(lambda eta: evaluate(problem.constant(log, eta)), problem.range)
-            seen.update({(lam, eta): loss for eta, loss in found.items()})
-        else:
-            seen[lam, 0.0] = evaluate(problem.constant(log, 0.0))
 
-    lams = _LAMS if shift_is_free else (1.0,)  # times what the method fixes
-    for lam in lams:
+        def loss(eta: float) -> float:
+            if (lam, eta) not in seen:
+                seen[lam, eta] = evaluate(problem.constant(log, eta))
+            return seen[lam, eta]
+
+        if not scale_is_free:
+            loss(0.0)
+        elif not seen:
+            loss(start)
+            _golden(loss, low, high)
+        else:
+            near = _best(seen)[1]
+            _golden(loss, max(low, near - _NEAR), min(high, near + _NEAR))
+
+    for lam in _LAMS if shift_is_free else (1.0,):  # times what the method fixes
         look(lam)
     if shift_is_free:
-        best = _best(seen)[0]
+        best, lams = _best(seen)[0], sorted(_LAMS)
         at = lams.index(best)
-        low, high = lams[max(at - 1, 0)], lams[at + 1] if at + 1 < len(lams) else 2 * best
+        left, right = lams[max(at - 1, 0)], lams[at + 1] if at + 1 < len(lams) else 2 * best
         for i in range(1, _REFINE + 1):
-            if (lam := low + (high - low) * i / (_REFINE + 1)) not in lams:
+            if (lam := left + (right - left) * i / (_REFINE + 1)) not in lams:
                 look(lam)
     lam, eta = _best(seen)
-    start = seen[1.0, problem.range.start if scale_is_free else 0.0]
-    return problem.constant(math.log(lam) if lam else -math.inf, eta), start, seen[lam, eta]
+    begun = seen[1.0, start if scale_is_free else 0.0]
+    return problem.constant(math.log(lam) if lam else -math.inf, eta), begun, seen[lam, eta]
 
 
-def _best(seen: dict[tuple[float, float], float]) -> tuple[float, float]:
+def _golden(loss: Callable[[float], float], low: float, high: float) -> None:
+    """Evaluate the points of a golden-section search (Kiefer 1953), which takes the loss to have one valley."""
+    ratio = (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    while high - low > _CLOSE:  # each step needs one new point: the other is one of the step before
+        if loss(left) <= loss(right):
+            high, right = right, left
+            left = high - ratio * (high - low)
+        else:
+            low, left = left, right
+            right = low + ratio * (high - low)
+
+
+def _best(seen: dict[Point, float]) -> Point:
     best = min(seen, key=lambda point: seen[point])
     if not math.isfinite(seen[best]):
         raise InputError("the objective is NaN or infinite for every shift. Check the model and the training inputs.")

@@ -66,13 +66,27 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], work: Callabl
 
     The module's other parameters take part without gradients.
     """
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    buffers = dict(module.named_buffers(remove_duplicate=False))
-    own = {name.replace("_orig_mod.", ""): name for name in (*parameters, *buffers)}
-    given = {own[name]: value for name, value in tensors.items()}
-    tied = {id(parameters[name]) for name in given if name in parameters}
-    rest = {name: value.detach() for name, value in parameters.items() if id(value) not in tied}
-    return functional_call(_Stage(module, work), {f"module.{n}": v for n, v in {**rest, **given}.items()}, ())
+    # One name per place that holds a tensor: of a module that is registered twice, functional_call would put the
+    # stand-in back for good.
+    slots = {
+        f"{name}.{leaf}".removeprefix("."): value
+        for name, part in module.named_modules()
+        for leaf, value in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+    }
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    if missing := sorted(set(tensors) - {_clean(name) for name, _ in named}):
+        raise InputError(
+            f"the module's parameters have another name for {missing[0]!r} than its state dict, so its scale cannot be "
+            "learnt. Use dtrain.Search."
+        )
+    stand_in = {id(value): tensors[clean] for name, value in named if (clean := _clean(name)) in tensors}
+    given = {f"module.{name}": stand_in.get(id(value), value.detach()) for name, value in slots.items()}
+    return functional_call(_Stage(module, work), given, (), tie_weights=False)
+
+
+def _clean(name: str) -> str:
+    """Return a name as it was before `torch.compile`."""
+    return name.replace("_orig_mod.", "")
 
 
 class _Stage(nn.Module):

@@ -9,7 +9,7 @@ from dtrain.errors import InputError
 from dtrain.fit.fit import Fit
 from dtrain.fit.problem import Factors, Problem
 from dtrain.fit.search import Search
-from dtrain.methods import Dbms, Method, Rescaled
+from dtrain.methods import Method, Rescaled
 from dtrain.methods.method import Groups
 
 
@@ -19,7 +19,7 @@ def fit_of(method: Method, fit: Fit | None = None) -> Fit | None:
         return fit
     if isinstance(method, Rescaled):
         return Search("tensor" if method.scope == "layer" else "model", method.search, method.masks)
-    return Search(scan="golden") if isinstance(method, Dbms) else Search()
+    return Search()
 
 
 def fit_scales(fit: Fit, problem: Problem) -> tuple[dict[str, Groups], dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from dtrain.errors import InputError
-from dtrain.fit.base_shift import Scan, search_shift
+from dtrain.fit.base_shift import search_shift
 from dtrain.fit.fit import Fit, Found
 from dtrain.fit.problem import Factors, Problem, Range
 from dtrain.methods.method import check_choice, check_type
@@ -28,10 +28,10 @@ Loss = Callable[[float], float]
 class Search(Fit):
     """Try scales on a logarithmic range, by evaluating the objective and nothing else.
 
-    For a method with a q, 1/q goes from 1 to 1/keep, as in DAREx (arXiv 2410.09344, section 4); for others the scale
-    goes from a quarter of the method's own to four times. Of two scales, as in `Dbms`, the shift is tried on a grid and
-    the other searched at each of its points. Works with any objective, a task metric among them; of points that are
-    equally good the middle one is taken.
+    For a method with a q, 1/q goes from 1 to 1/keep, as in DAREx (arXiv 2410.09344, section 4), and for signs up to
+    four times that; for others the scale goes from a quarter of the method's own to four times. Of two scales, as in
+    `Dbms`, the shift is tried on a grid and the other found by golden section at each of its points. Works with any
+    objective, a task metric among them; of points that are equally good the middle one is taken.
 
     Args:
         per: One scale for the "model"; or one for every "tensor", moved one after the other from the model's.
@@ -68,17 +68,19 @@ class Search(Fit):
                 advance(f"loss {loss:.5g}")
                 return loss
 
-            scan = _scan_grid if self.scan == "grid" else _scan_golden
             x, start, loss = (
-                search_shift(problem, evaluate, scan) if problem.groups == 2 else _global(problem, evaluate, scan)
+                search_shift(problem, evaluate) if problem.groups == 2 else _global(problem, evaluate, self.scan)
             )
             if self.per == "tensor":
                 x, loss = _descend(evaluate, x, list(problem.matrices), loss, problem.range)
         return Found(x, start, loss, {"evaluations": problem.evaluations})
 
 
-def _global(problem: Problem, evaluate: Callable[[Factors], float], scan: Scan) -> tuple[Factors, float, float]:
+def _global(
+    problem: Problem, evaluate: Callable[[Factors], float], how: Literal["grid", "golden"]
+) -> tuple[Factors, float, float]:
     """Return the best scale for all tensors, the loss at the start and the loss at it."""
+    scan = _scan_grid if how == "grid" else _scan_golden
     seen = scan(lambda value: evaluate(problem.constant(value)), problem.range)
     best = best_of(seen)
     return problem.constant(best), seen[problem.range.start], seen[best]

@@ -1,13 +1,14 @@
 """What a fit looks at."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from dtrain import HiddenChange, InputError, Metric, Objective
-from dtrain.fit import HiddenCapture
+from dtrain import HiddenChange, InputError, LogitChange, Metric, Objective
+from dtrain.fit import Differentiable, HiddenCapture
 
 INPUTS = torch.randn(6, 4)
 
@@ -176,3 +177,113 @@ def test_a_compiled_module_shows_its_hidden_state():
     objective = HiddenChange(module, [batch])
     objective.remember()
     assert objective._target[0].shape == (3, 5)
+
+
+LOGITS, TARGET = torch.randn(6, 5), torch.randn(6, 5)
+
+
+def logit_loss(found, target, **arguments):
+    """Return the loss of a model whose logits are `found` where the fine-tuned model's are `target`."""
+    module = nn.ParameterDict({"logits": nn.Parameter(target.clone())})
+    objective = LogitChange(module, [INPUTS], lambda module, batch: module["logits"], **arguments)
+    objective.remember()
+    with torch.no_grad():
+        module["logits"].copy_(found)
+    return objective.loss()
+
+
+def test_logit_changes_are_those_of_their_formulas():
+    pairs = [list(zip(*rows, strict=True)) for rows in zip(LOGITS.tolist(), TARGET.tolist(), strict=True)]
+    n = LOGITS.numel()
+    assert logit_loss(LOGITS, TARGET) == pytest.approx(sum((x - t) ** 2 for row in pairs for x, t in row) / n, rel=1e-5)
+    best = [sorted(row, key=lambda pair: -pair[1])[:2] for row in pairs]
+    top = sum((x - t) ** 2 for row in best for x, t in row) / 12
+    assert logit_loss(LOGITS, TARGET, measure="top", top=2) == pytest.approx(top, rel=1e-5)
+    divergence = 0.0
+    for row in pairs:
+        found, target = (sum(math.exp(pair[i]) for pair in row) for i in (0, 1))
+        divergence += sum(math.exp(t) / target * ((t - math.log(target)) - (x - math.log(found))) for x, t in row)
+    assert logit_loss(LOGITS, TARGET, measure="kl") == pytest.approx(divergence / n, rel=1e-4)
+    assert logit_loss(TARGET, TARGET, measure="kl") == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda x: x, lambda x: {"logits": x}, lambda x: (x, None), lambda x: SimpleNamespace(logits=x)],
+    ids=["tensor", "mapping", "tuple", "object"],
+)
+def test_logits_are_found_in_what_a_model_returns(wrap):
+    objective = LogitChange(Net(), [INPUTS], lambda module, batch: wrap(module(batch)))
+    objective.remember()
+    nudge(objective.module)
+    assert objective.loss() > 0
+
+
+@pytest.mark.parametrize("kind", [LogitChange, HiddenChange])
+def test_padding_does_not_count(kind):
+    module = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
+    tokens, mask = torch.randn(3, 6, 4), torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] + [0] * 5])
+    losses = []
+    for padding in (0.0, 50.0):
+        x = torch.where(mask[..., None].bool(), tokens, padding)
+        objective = kind(module, [{"x": x, "attention_mask": mask}], lambda module, batch: module(batch["x"]))
+        objective.remember()
+        nudge(module)
+        losses.append(objective.loss())
+        nudge(module, -0.1)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [LogitChange, HiddenChange])
+def test_the_loss_is_the_mean_of_its_batches_and_has_their_gradients(kind):
+    module = Net()
+    objective = kind(module, [INPUTS, INPUTS[:2]])
+    assert isinstance(objective, Differentiable)
+    objective.remember()
+    nudge(module)
+    parts = [float(objective.batch_loss(i)) for i in range(objective.batches)]
+    assert objective.loss() == pytest.approx((6 * parts[0] + 2 * parts[1]) / 8, rel=1e-5)
+    leaf = module.body.weight.detach().clone().requires_grad_()
+    objective.batch_loss(0, {"body.weight": leaf}).backward()
+    (loss := objective.batch_loss(0, {"body.weight": leaf})).backward()
+    assert float(loss.detach()) == pytest.approx(parts[0], rel=1e-5)
+    assert float(leaf.grad.abs().sum()) > 0
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_a_module_that_is_registered_twice_gets_its_weights_back():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = self.first
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    module = Twice()
+    weight, before = module.first.weight, module(INPUTS)
+    leaf = torch.zeros(4, 4, requires_grad=True)
+    objective = LogitChange(module, [INPUTS])
+    objective.remember()
+    objective.batch_loss(0, {"first.weight": leaf}).backward()
+    assert module.first.weight is weight
+    assert torch.equal(module(INPUTS), before)
+    assert float(leaf.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"measure": "l1"}, "`measure` must be 'mse', 'top' or 'kl'"), ({"top": 0}, "`top` must be at least 1")],
+    ids=str,
+)
+def test_logit_arguments_are_checked(arguments, message):
+    with pytest.raises(InputError, match=message):
+        LogitChange(Net(), [INPUTS], **arguments)
+
+
+def test_what_has_no_logits_is_a_sentence():
+    with pytest.raises(InputError, match="returns NoneType, in which no logits were found. Pass forward="):
+        LogitChange(Net(), [INPUTS], lambda module, batch: None).remember()
+    with pytest.raises(InputError, match="measure='kl' compares classes, and the model has one output"):
+        logit_loss(LOGITS[:, :1], TARGET[:, :1], measure="kl")

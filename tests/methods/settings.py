@@ -16,6 +16,7 @@ from dtrain import (
     ComPEFT,
     Dare,
     DareX,
+    Dbms,
     DeltaCoMe,
     DeltaDCT,
     DeltaDQ,
@@ -122,6 +123,10 @@ SETTINGS = [
     Setting("Ecsq small", Ecsq(bits=0.1)),
     Setting("SeededSign", SeededSign(keep=0.25)),
     Setting("SeededSign norm", SeededSign(keep=0.6, q="norm", seed=9)),
+    Setting("Dbms", Dbms(SeededSign(keep=0.5), lam=0.7, eta=1.0)),
+    Setting("Dbms values", Dbms(Dare(keep=0.5), lam=0.5, eta=1.0), Dbms(Dare(keep=1), "own", None, 0.5, 1.0), 2 * HALF),
+    Setting("Dbms signs", Dbms(BitDelta(), split=None, lam=1.25, eta=0.9)),
+    Setting("Dbms on a plan", Dbms(Ecsq(bits=1.0), split=0.25, lam=1.0, eta=1.0)),
     Setting("Lossless", Lossless(), Lossless(), 0.0),
 ]
 LOSSY = [setting for setting in SETTINGS if not setting.method.bitwise]
