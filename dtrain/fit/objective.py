@@ -109,7 +109,8 @@ class OutputChange(ABC):
 
     def remember(self) -> None:
         """Cache what the fine-tuned model computes."""
-        self._target = [self._seen(batch, None) for batch in self._batches]
+        # Copies: a model may return one of its weights, which the fit writes to.
+        self._target = [self._seen(batch, None).clone() for batch in self._batches]
 
     def loss(self) -> float:
         """Return the mean over all elements of all batches."""
@@ -125,7 +126,7 @@ class OutputChange(ABC):
 
     def _seen(self, batch: Any, tensors: Mapping[str, Tensor] | None) -> Tensor:
         if tensors is None:
-            found = self._look(batch, grad=False)
+            found = self._look(batch, grad=False).detach()
         else:
             found = with_tensors(self.module, tensors, lambda: self._look(batch, grad=True))
         return _without_padding(found, batch).float()

@@ -283,7 +283,7 @@ def test_logit_arguments_are_checked(arguments, message):
 
 
 def test_what_has_no_logits_is_a_sentence():
-    with pytest.raises(InputError, match="returns NoneType, in which no logits were found. Pass forward="):
+    with pytest.raises(InputError, match=r"returns NoneType, in which no logits were found. Pass forward="):
         LogitChange(Net(), [INPUTS], lambda module, batch: None).remember()
     with pytest.raises(InputError, match="measure='kl' compares classes, and the model has one output"):
         logit_loss(LOGITS[:, :1], TARGET[:, :1], measure="kl")
