@@ -122,7 +122,7 @@ def scored(task: Task, delta: dtrain.Delta) -> Cell:
 
 
 def greatest_keep(size: Callable[[float], int], most: int, low: float = 2**-20, high: float = 1.0) -> float | None:
-    """Return the greatest keep whose file, of `size(keep)` bytes, has `most` bytes or fewer, to 0.01 %.
+    """Return the greatest keep whose file, of `size(keep)` bytes, has `most` bytes or fewer, to 0.1 %.
 
     None says that not even the file at `low` is small enough.
     """
@@ -130,7 +130,7 @@ def greatest_keep(size: Callable[[float], int], most: int, low: float = 2**-20, 
         return None
     if size(high) <= most:
         return high
-    while high / low > 1.0001:
+    while high / low > 1.001:
         middle = float(f"{math.sqrt(low * high):.6g}")  # few digits: the file holds them
         low, high = (middle, high) if size(middle) <= most else (low, middle)
     return low

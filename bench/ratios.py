@@ -74,8 +74,8 @@ KINDS = ("matrix", "embedding", "vector", "token", "buffer", "fresh")
 
 
 def jobs(names: Sequence[str], seeds: Sequence[int], shared: Path) -> Iterator[Job]:
-    """Yield all cells in the order in which they are measured: ratio by ratio."""
-    for ratio, seed, name, label in product(RATIOS, seeds, names, FITS):
+    """Yield all cells in the order in which they are measured: fit by fit, then ratio by ratio."""
+    for label, ratio, seed, name in product(FITS, RATIOS, seeds, names):
         yield ratio_job(name, seed, shared, ratio, label)
 
 
