@@ -4,7 +4,8 @@
 
 The model and data of `recipes/vit_cifar.py` with the paper-exact optimizer `dtrain.AdamR` on all matrices; the rest is
 trained by the same optimizer with strength 0. One JSON cell per (seed, strength); it picks up where it stopped. q is
-searched on training images that are held out of training; the test split is only scored.
+searched on training images that are held out of training; the test split is only scored. Norms and biases are kept in
+half precision and the head as it is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import dtrain
+from bench.presets import RULES
 from bench.tasks import CIFAR_CLASSES, accuracy, fine_tune_images, plain_images, snapshot, vision_model
 from parts.images import Images
 
@@ -60,7 +62,7 @@ def cell(arguments: argparse.Namespace, seed: int, strength: float) -> dict[str,
     }
     objective = dtrain.HiddenChange(model, [data.normalise(data.split("calibration"))[0]])
     for method in (dtrain.DareX(keep=KEEP), dtrain.Dare(keep=KEEP)):
-        delta = dtrain.compress(base, tuned, method, objective=objective)
+        delta = dtrain.compress(base, tuned, method, objective=objective, rules=RULES)
         model.load_state_dict(delta.state_dict(base))
         found[type(method).__name__] = accuracy(model, val)
         found["bytes"] = delta.file_bytes()

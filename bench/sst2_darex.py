@@ -3,7 +3,8 @@
     python -m bench.sst2_darex --model ../shared/models/all-MiniLM-L6-v2 --data ../shared/data/sst2
 
 Fine-tunes once per seed (cached), then fills one JSON cell per (seed, way, keep, mask); it picks up where it stopped.
-q is searched on training sentences that were not trained on; the validation split is only scored.
+q is searched on training sentences that were not trained on; the validation split is only scored. All matrices are
+compressed, the embeddings too, norms and biases are kept in half precision and the head as it is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dtrain
+from bench.presets import RULES
 from bench.tasks import Sentences, State, accuracy, call, fine_tune_sentences, read_sentences, snapshot, text_model
 from parts.probe import probe_accuracy
 
@@ -34,7 +36,7 @@ def compress(
     way: str, keep: float, mask: int, base: State, tuned: State, model: nn.Module, data: Sentences
 ) -> dtrain.Delta:
     if way == "dare":
-        return dtrain.compress(base, tuned, dtrain.Dare(keep=keep, seed=100 * mask))
+        return dtrain.compress(base, tuned, dtrain.Dare(keep=keep, seed=100 * mask), rules=RULES)
     layer = way.endswith("layer")  # hundreds of evaluations: one mask instead of three
     searched = data.held_out[:1]  # 64 sentences
     objective: dtrain.Objective
@@ -43,7 +45,7 @@ def compress(
     else:
         objective = dtrain.Metric(model, lambda module: accuracy(module, searched))
     method = dtrain.DareX(keep=keep, seed=100 * mask, scope="layer" if layer else "model", masks=1 if layer else 3)
-    return dtrain.compress(base, tuned, method, objective=objective)
+    return dtrain.compress(base, tuned, method, objective=objective, rules=RULES)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
