@@ -79,7 +79,7 @@ def compress(
     metadata: dict[str, Any] = {"rules": _changed_rules(rules), **tuned.notes}
     inputs: dict[str, Inputs] = {}
     if calibration is not None and (method.needs_calibration or (fit is not None and fit.needs_calibration)):
-        gram = fit is not None and fit.needs == "covariance"
+        gram = fit is not None and fit.needs_covariance
         method, inputs = calibrate(method, changes, calibration, gram=gram)
         metadata["uncalibrated"] = [c.name for c in changes if c.role == "method" and c.name not in inputs]
     family = load(shared) if isinstance(shared, (str, Path)) else shared
@@ -256,8 +256,9 @@ def _check_data(method: Method, fit: Fit | None, objective: Objective | None, ca
         )
     wanted = method if method.needs_calibration else fit if fit is not None and fit.needs_calibration else None
     if wanted is not None and calibration is None:
+        seen = "covariance" if wanted.needs_covariance else "inputs"
         raise NeedsDataError(
-            f"{type(wanted).__name__} looks at the inputs of every layer but got no calibration. Pass "
+            f"{type(wanted).__name__} looks at the {seen} of every layer but got no calibration. Pass "
             "calibration=dtrain.Calibration(model, batches) with batches of training inputs."
         )
 

@@ -44,6 +44,11 @@ class Fit(ABC):
         return self.needs in ("inputs", "covariance")
 
     @property
+    def needs_covariance(self) -> bool:
+        """Whether the calibration has to measure covariances."""
+        return self.needs == "covariance"
+
+    @property
     def draws(self) -> int:
         """Number of random masks that the objective is averaged over. The file holds the first."""
         return 1

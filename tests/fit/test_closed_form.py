@@ -141,7 +141,7 @@ def test_where_nothing_follows_the_scale_stays(models):
 @pytest.mark.parametrize(
     ("fit", "method", "error", "message"),
     [
-        (ClosedForm("gram"), HOST, NeedsDataError, "ClosedForm looks at the inputs of every layer but got no calibr"),
+        (ClosedForm("gram"), HOST, NeedsDataError, "ClosedForm looks at the covariance of every layer but got no cal"),
         (ClosedForm("norm", "row"), Dbms(lam=1.0, eta=1.0), InputError, "rows of a base vector and of its residual"),
     ],
     ids=["no calibration", "rows of two"],
