@@ -3,6 +3,8 @@
     python recipes/vit_cifar.py                              # ViT-B/16 on CIFAR-10 where there is a GPU and the Hub
     python recipes/vit_cifar.py --preset offline             # a small ViT on handwritten digits: minutes on two cores
     python recipes/vit_cifar.py --method DareX --method.keep 0.03 --adamr.strength 0 --trainer.max_steps 200
+    python recipes/vit_cifar.py --method SeededSign --fit Learn --fit.steps 50       # scales learnt after encoding
+    python recipes/vit_cifar.py --method Dbms --method.host SeededSign --compress.fit_on logits
     python recipes/vit_cifar.py --data.dataset PATH --model.pretrained PATH        # local folders, see below
     python recipes/vit_cifar.py --trainer.logger WandbLogger --trainer.logger.offline true
     python recipes/vit_cifar.py ... --evaluate merged.safetensors     # only score weights, after `dtrain apply`
@@ -120,12 +122,14 @@ class RecipeCLI(LightningCLI):
         parser.add_argument(
             "--method", type=dtrain.Method, default={"class_path": "dtrain.DareX", "init_args": {"keep": 0.01}}
         )
+        parser.add_argument("--fit", type=dtrain.Fit | None, default=None, help="how scales are found after encoding")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
         parser.add_argument("--evaluate", type=str | None, default=None, help="score these weights and stop")
         parser.add_lightning_class_args(AdamRCallback, "adamr")
         parser.add_lightning_class_args(DeltaCompressionCallback, "compress")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.link_arguments("method", "compress.method", apply_on="instantiate")
+        parser.link_arguments("fit", "compress.fit", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.set_defaults(
             {
@@ -159,27 +163,31 @@ def main() -> None:
     callback = next(c for c in cli.trainer.callbacks if isinstance(c, DeltaCompressionCallback))
     if cli.trainer.is_global_zero and callback.outcome is not None:
         base = callback.read_base(cli.trainer)
-        picture(cli.model.model, cli.datamodule, callback.method, base, callback.outcome.path)
+        picture(cli.model.model, cli.datamodule, callback, base)
 
 
-def picture(model: nn.Module, data: Images, method: dtrain.Method, base: dtrain.Weights, delta: Path) -> None:
+def picture(model: nn.Module, data: Images, callback: DeltaCompressionCallback, base: dtrain.Weights) -> None:
     """Compress once more at a few keep rates and draw accuracy against bytes, with what to compare it to."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     train, val, calibration = (batches(data, name, most, device) for name, most in LOOKED_AT.items())
+    inputs = [(part,) for images, _ in calibration for part in images.chunk(4)]  # some to learn from, some to stop by
     tuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lines = {"fine-tuned": accuracy(model, val)}
     points: dict[str, list[tuple[int, float]]] = {}
-    rated = {type(each).__name__: each for each in (dtrain.Dare(), method) if hasattr(each, "keep")}
+    methods = {"Dare": (dtrain.Dare(), None), type(callback.method).__name__: (callback.method, callback.fit)}
+    drawn = {name: (method, fit) for name, (method, fit) in methods.items() if can_keep(method)}
     for keep in KEEPS:
-        for name, each in rated.items():
-            inputs = [(images,) for images, _ in calibration]
+        for name, (method, fit) in drawn.items():
             compressed = dtrain.compress(
                 base,
                 tuned,
-                replace(each, keep=keep),
+                at_keep(method, keep),
+                fit=fit,
                 objective=dtrain.HiddenChange(model, inputs),
                 calibration=dtrain.Calibration(model, inputs),
+                rules=callback.rules,
+                shared=callback.shared,
             )
             model.load_state_dict(compressed.state_dict(base))
             points.setdefault(name, []).append((compressed.file_bytes(), accuracy(model, val)))
@@ -188,12 +196,23 @@ def picture(model: nn.Module, data: Images, method: dtrain.Method, base: dtrain.
     lines |= {"linear probe": probe_accuracy(model, train, val), "base": accuracy(model, val)}
     model.load_state_dict(tuned)
     title = f"{Path(data.dataset).name}: accuracy on {sum(len(labels) for _, labels in val)} images, bytes on disk"
-    path = delta.with_name("accuracy_against_bytes.png")
+    path = callback.outcome.path.with_name("accuracy_against_bytes.png")
     accuracy_against_bytes(points, lines, path, title)
     Console().print(
         accuracy_table(dict(zip(KEEPS, zip(*points.values(), strict=True), strict=True)), points, lines, title)
     )
     sys.stdout.write(f"picture: {path}\n")
+
+
+def can_keep(method: dtrain.Method) -> bool:
+    """Return whether a method, or the one that it hosts, has a keep rate."""
+    return hasattr(getattr(method, "host", method), "keep")
+
+
+def at_keep(method: dtrain.Method, keep: float) -> dtrain.Method:
+    """Return a method at another keep rate."""
+    host = getattr(method, "host", None)
+    return replace(method, keep=keep) if host is None else replace(method, host=replace(host, keep=keep))
 
 
 def batches(data: Images, name: str, most: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:

@@ -16,6 +16,8 @@ from PIL import Image as Pil
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
+import dtrain
+
 # Lightning and its loggers warn about many things that are no fault of the recipe.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -102,6 +104,24 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(recipe, tmp_path):
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
 
 
+@pytest.mark.parametrize(
+    "method", [("SeededSign",), ("Dbms", "--method.host=DareX", "--method.host.keep=0.2")], ids=lambda method: method[0]
+)
+def test_learnt_scales_are_resumed_bit_for_bit(recipe, tmp_path, method):
+    name, *rest = method
+    common = ("--trainer.max_epochs=2", "--trainer.max_steps=-1", "--checkpoint.save_top_k=-1", f"--method={name}")
+    learn = (*rest, "--fit=Learn", "--fit.steps=4", "--data.calibration=64")
+    recipe(*common, *learn, "--compress.fit_on=logits", cwd="run")
+    delta = tmp_path / "run/runs/vit_cifar/delta.safetensors"
+    whole = delta.read_bytes()
+    metadata = dtrain.load(delta).content.metadata
+    assert (metadata["method"]["name"], metadata["fit"]["name"]) == (name, "Learn")
+    assert metadata["fit"]["loss"] <= metadata["fit"]["start"]
+    first = next((tmp_path / "run/runs/vit_cifar/checkpoints").glob("epoch=0*.ckpt"))
+    recipe(*common, *learn, "--compress.fit_on=logits", "--ckpt_path", str(first), cwd="run")
+    assert delta.read_bytes() == whole
+
+
 def test_wandb_offline_keeps_the_summary(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -113,6 +133,8 @@ def test_wandb_offline_keeps_the_summary(recipe, tmp_path, monkeypatch):
     wandb.finish()
     assert logged["dtrain/bytes"] == (tmp_path / "runs/vit_cifar/delta.safetensors").stat().st_size
     assert {f"dtrain/{name}" for name in ("ratio", "metric_base", "metric_finetuned", "metric_drop")} <= logged.keys()
+    assert logged["dtrain/projected_bytes"] == pytest.approx(logged["dtrain/bytes"], abs=300)
+    assert logged["dtrain/fit_loss"] <= logged["dtrain/fit_start"]
 
 
 @pytest.mark.parametrize(
