@@ -37,7 +37,7 @@ NAMES = {f"dtrain/delta_{name}" for name in ("norm", "mean_abs", "unmoved", "kur
 #: Methods whose bytes hang on the values: what is kept, or how well it can be coded.
 CODED = (
     *("Magnitude", "ComPEFT", "Ecsq", "UltraDelta", "Wanda", "DeltaDCT", "DeltaDQ", "ImPart", "Lossless"),
-    "EoRA on a plan",
+    *("EoRA on a plan", "Dbms on a plan"),
 )
 
 
