@@ -25,7 +25,7 @@ from rich.table import Table
 import dtrain
 from bench.tasks import TASKS, Task, write_json
 
-INPUTS, BATCH = 256, 32  # unlabelled training inputs that scales are fitted to: eight batches, of which Learn holds two
+INPUTS, BATCH = 128, 32  # unlabelled training inputs that scales are fitted to: four batches, of which Learn holds one
 
 Cell = dict[str, Any]
 Results = dict[str, dict[str, Cell]]

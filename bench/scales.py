@@ -9,7 +9,7 @@ One JSON cell per (budget, seed, host, fit); it picks up where it stopped. What 
   number per tensor, which the file holds anyway; files of one host differ by the bytes in which they say what was
   fitted. `BitDelta` has the budgets "all" and "half": without its embeddings (MiniLM), or without the first three of
   six blocks (ViT). The rules are the defaults, so embeddings stay at the base, but for BitDelta's budget "all".
-* All fits start from the scale of "none": 1/keep, for BitDelta the mean magnitude. "norm" matches every tensor's norm.
+* All fits start from the scale of "none": 1/keep, for BitDelta the mean magnitude. "parallel" is a closed form.
 * `Dbms` holds two payloads of half the host's rate, or a little less, so that its file is not larger than the host's.
   With BitDelta these are of `SeededSign`. "DBMS own" searches its two scalars; "lam 1, eta 1", "eta only" and "lam
   only" are its ablation at the same bytes.
@@ -98,9 +98,9 @@ BOTH = dtrain.Search()  # lam on a grid, eta by golden section at each of its po
 GROUPS = (
     (
         NONE,
-        Way("norm", dtrain.ClosedForm("norm")),
+        Way("parallel", dtrain.ClosedForm("parallel"), batches=FEW),
         Way("global q", dtrain.Search(), batches=FEW),
-        Way("learned", dtrain.Learn(steps=60), batches=SOME),
+        Way("learned", dtrain.Learn(steps=40), batches=SOME),
         Way("DBMS own", BOTH, {}, batches=FEW),
     ),
     (Way("per-layer q", dtrain.Search(per="tensor"), batches=FEW),),

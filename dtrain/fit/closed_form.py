@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from dtrain.methods.method import Needs, check_choice, check_type
 from dtrain.progress import progress
 from dtrain.stages import matrix_shape, rebuild
 
-Rule = Literal["norm", "mean", "mse", "gram", "expected", "bound"]
-_RULES: tuple[Rule, ...] = ("norm", "mean", "mse", "gram", "expected", "bound")
+Rule = Literal["norm", "mean", "parallel", "mse", "gram", "expected", "bound"]
+_RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class ClosedForm(Fit):
 
     * "norm": ||D|| / ||D_hat||, which keeps the Frobenius norm.
     * "mean": sum |D| / sum |D_hat|, as Delta-DCT does (arXiv 2503.06676).
+    * "parallel": <D, D> / <D, D_hat>, with which the part of D_hat along D is D: for signs on a random mask more than
+      1/keep, by the mean of D^2 over the square of the mean of |D| (ours).
     * "mse": <D, D_hat> / <D_hat, D_hat>, of least squared error in the weights.
     * "gram": tr(D G D_hat^T) / tr(D_hat G D_hat^T) with the Gram matrix G of the layer's inputs: of least squared error
       in the layer's outputs, for the very mask that was drawn (ours).
@@ -41,7 +43,7 @@ class ClosedForm(Fit):
 
     Args:
         rule: How a scale is computed.
-        per: One scale for every "tensor" or for every "row" (output): the latter with the first four rules.
+        per: One scale for every "tensor" or for every "row" (output): the latter with the first five rules.
         eta: For rule="bound": the bound's free parameter, in units of 1 / output.
 
     Raises:
@@ -105,6 +107,8 @@ class ClosedForm(Fit):
             above, below = self._sum(d.square()).sqrt(), self._sum(found.square()).sqrt()
         elif self.rule == "mean":
             above, below = self._sum(d.abs()), self._sum(found.abs())
+        elif self.rule == "parallel":
+            above, below = self._sum(d.square()), self._sum(d * found)
         else:
             weighted = found @ seen.gram.double() if self.rule == "gram" and seen and seen.gram is not None else found
             above, below = self._sum(d * weighted).clamp_min(0), self._sum(found * weighted)

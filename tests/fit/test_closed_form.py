@@ -54,6 +54,7 @@ def each(d, e):
     [
         ("norm", lambda p: math.sqrt(sum(x * x for x, _ in p) / sum(y * y for _, y in p))),
         ("mean", lambda p: sum(abs(x) for x, _ in p) / sum(abs(y) for _, y in p)),
+        ("parallel", lambda p: sum(x * x for x, _ in p) / sum(x * y for x, y in p)),
         ("mse", lambda p: sum(x * y for x, y in p) / sum(y * y for _, y in p)),
     ],
 )
@@ -75,7 +76,7 @@ def test_least_squares_in_the_outputs_for_the_very_mask(models):
     assert min(losses) == losses[1]
 
 
-@pytest.mark.parametrize("rule", ["norm", "mean", "mse", "gram"])
+@pytest.mark.parametrize("rule", ["norm", "mean", "parallel", "mse", "gram"])
 def test_rows_have_the_factor_of_their_own_row(models, rule):
     base, tuned = models
     seen = {"calibration": calibration(tuned)[1]} if rule == "gram" else {}
