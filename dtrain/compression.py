@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from dtrain.artifact import DIGEST_BYTES, Content, Record, Role, file_digest, shared_payloads
+from dtrain.artifact import DIGEST_BYTES, Content, Record, Role, file_digest
 from dtrain.codes import dense, fresh_values, vector_values
 from dtrain.delta import Delta, load
 from dtrain.difference import Change, digests, fingerprint, pair
+from dtrain.encoding import Task, check_finite, delta_of, encode_matrices
 from dtrain.errors import InputError, NeedsDataError
-from dtrain.fit import Calibration, Fit, Objective, Problem, Watch, calibrate, fit_of, fit_scales
-from dtrain.methods import Dbms, Inputs, Method, Shifted
-from dtrain.methods.dbms import SPLITS
-from dtrain.methods.method import Deltas, Encoder, Groups
+from dtrain.fit import Calibration, Fit, Objective, Watch, calibrate, fit_of
+from dtrain.methods import Dbms, Inputs, Method
 from dtrain.rules import PATTERNS, FreshCode, Rules
-from dtrain.runtime import merged
 from dtrain.stages import HALF, SHARED, Bits, Packed, Payload, Pipeline, Zstd, encode
 from dtrain.stages.select import All
 from dtrain.weights import Source, Weights, read_weights, tensor_bytes, zeros
+
+#: Bits per weight from which on norms and biases take eight bits a value: one bit would lose more there than in all
+#: matrices, and eight add about one byte in fifty.
+_FINE_BITS = 0.5
 
 
 def compress(
@@ -82,12 +80,14 @@ def compress(
         gram = fit is not None and fit.needs_covariance
         method, inputs = calibrate(method, changes, calibration, gram=gram)
         metadata["uncalibrated"] = [c.name for c in changes if c.role == "method" and c.name not in inputs]
+    if shared is not None and not (isinstance(method, Dbms) and method.source == "shared"):
+        raise InputError(f"`shared` is for Dbms(source='shared'), and the method is {method!r}. Leave it out.")
     family = load(shared) if isinstance(shared, (str, Path)) else shared
     hashes = digests({change.name: change.base for change in changes if change.base is not None})
     others = {c.name: _encode(c, method, rules) for c in changes if c.role != "method"}
     records = {c.name: _record(c, others.get(c.name, ()), hashes) for c in changes}
-    task = _Task(changes, records, inputs, family, fit, objective, watch)
-    method, payloads, summary = _best_split(task, method)
+    task = Task(changes, records, inputs, family, fit, objective, watch)
+    method, payloads, summary = encode_matrices(task, method)
     records |= {name: replace(records[name], payloads=payloads[name]) for name in payloads}
     metadata["method"] = method.describe()
     if any(change.role == "method" for change in changes):
@@ -103,11 +103,13 @@ def compress(
 
 
 def _fitting(rules: Rules, method: Method, base: Source | None) -> Rules:
-    """Return the rules without what does not suit a bitwise method, or a base of zeros, to which nothing is close."""
+    """Return the rules as they suit the method, and a base of zeros, to which nothing is close."""
     if method.bitwise:
         return replace(rules, embeddings=(), fresh="exact")
     if base is None:
         return replace(rules, embeddings=(), vectors="float16" if rules.vectors == "auto" else rules.vectors)
+    if rules.vectors == "auto" and method.nominal_bits >= _FINE_BITS:
+        return replace(rules, vectors="uniform8")
     return rules
 
 
@@ -115,83 +117,18 @@ def _zeros_for(tuned: Weights) -> Weights:
     return zeros((name, value.shape, value.dtype) for name, value in tuned.tensors.items() if name not in tuned.fresh)
 
 
-class _Task(NamedTuple):
-    """What stays the same while a method is tried on a pair of models."""
-
-    changes: Sequence[Change]
-    records: Mapping[str, Record]  # with the payloads of all tensors that are not the method's
-    inputs: Mapping[str, Inputs]
-    family: Delta | None
-    fit: Fit | None
-    objective: Objective | None
-    watch: Watch | None
-
-
-Encoded = tuple[Method, dict[str, tuple[Payload, ...]], dict[str, Any]]
-
-
-def _best_split(task: _Task, method: Method) -> Encoded:
-    """Encode with the method, or, where it leaves its byte split open, with the split of the least loss."""
-    if not (isinstance(method, Dbms) and method.split == "search" and method.source == "own"):
-        return _by_method(task, method)
-    tried = [_by_method(task, replace(method, split=split)) for split in SPLITS]
-    return min(tried, key=lambda found: found[2].get("loss", 0.0))
-
-
-def _by_method(task: _Task, method: Method) -> Encoded:
-    """Return the method, its payloads by tensor name, and what a fit of their scales has to say."""
-    changes = {change.name: change for change in task.changes if change.role == "method"}
-    deltas = [(name, partial(_delta, change)) for name, change in changes.items()]
-    masks: list[tuple[Encoder, dict[str, Groups]]] = []
-    for draw in range(1 if task.fit is None else task.fit.draws):
-        encoder = _encoder(method.reseeded(draw), deltas, task)
-        masks.append((encoder, {name: _groups(encoder, name, get(), task.inputs.get(name)) for name, get in deltas}))
-    encoder, groups = masks[0]
-    if task.fit is None or not changes:
-        whole = {name: _stored(encoder, found) for name, found in groups.items()}
-        return method, {name: tuple(chain(*found)) for name, found in whole.items()}, {}
-    rest: dict[str, Tensor] = {}
-    if task.objective is not None:
-        left = [change for change in task.changes if change.role not in ("method", "base_only")]
-        rest = {change.name: merged(task.records[change.name], change.base) for change in left}
-    vectors = {change.name: task.records[change.name].payloads for change in task.changes if change.role == "vector"}
-    problem = Problem(method, task.changes, masks, vectors, task.inputs, rest, task.objective, task.watch)
-    fitted, summary = fit_scales(task.fit, problem)
-    return method, {name: tuple(chain(*found)) for name, found in fitted.items()}, summary
-
-
-def _encoder(method: Method, deltas: Deltas, task: _Task) -> Encoder:
-    if not isinstance(method, Dbms):
-        return method.plan(deltas)
-    if task.family is None:
-        return method.encoder(deltas)
-    added = [record for record in task.records.values() if record.role is Role.ADD]
-    return method.encoder(deltas, shared_payloads(added, task.family.content, task.family.origin))
-
-
-def _groups(encoder: Encoder, name: str, delta: Tensor, inputs: Inputs | None) -> Groups:
-    try:
-        return encoder.groups(name, delta, inputs) if isinstance(encoder, Shifted) else (encoder(name, delta, inputs),)
-    except InputError as error:
-        raise InputError(f"tensor {name!r}: {error}") from error
-
-
-def _stored(encoder: Encoder, groups: Groups) -> Groups:
-    return (encoder.stored(groups[0]), groups[1]) if isinstance(encoder, Shifted) else groups
-
-
 def _encode(change: Change, method: Method, rules: Rules) -> tuple[Payload, ...]:
     match change.role:
         case "vector":
-            return (encode(dense(vector_values(rules.vectors, change.tuned.dtype)), change.name, _delta(change)),)
+            return (encode(dense(vector_values(rules.vectors, change.tuned.dtype)), change.name, delta_of(change)),)
         case "half":
-            return (encode(HALF, change.name, _delta(change)),)
+            return (encode(HALF, change.name, delta_of(change)),)
         case "bits":
             if change.base is None:
                 raise InputError(f"tensor {change.name!r} has no base to be compared with bit for bit.")
             return (_bitwise(change.name, change.tuned, change.base),)
         case "whole":
-            _finite(change.name, change.tuned, allow=method.bitwise)
+            check_finite(change.name, change.tuned, allow=method.bitwise)
             return (_whole(change.name, change.tuned, rules.fresh),)
         case _:
             return ()
@@ -211,20 +148,6 @@ def _bitwise(name: str, tuned: Tensor, base: Tensor) -> Payload:
         )
     plain, coded = (encode(Pipeline(All(), bits, code), name, raw ^ tensor_bytes(base)) for code in (Packed(), Zstd()))
     return min(plain, coded, key=lambda payload: payload.data.numel())
-
-
-def _delta(change: Change) -> Tensor:
-    return _finite(change.name, change.delta())
-
-
-def _finite(name: str, values: Tensor, *, allow: bool = False) -> Tensor:
-    if values.is_floating_point() and values.numel() and not allow:
-        low, high = torch.aminmax(values.float() if values.dtype.itemsize == 1 else values)
-        if not (math.isfinite(float(low)) and math.isfinite(float(high))):
-            raise InputError(
-                f"tensor {name!r} holds NaN or inf. Mend the checkpoint, or keep its bits with Lossless()."
-            )
-    return values
 
 
 def _record(change: Change, payloads: tuple[Payload, ...], hashes: Mapping[str, bytes]) -> Record:
@@ -248,8 +171,11 @@ def _check_data(method: Method, fit: Fit | None, objective: Objective | None, ca
         raise InputError(f"{name} has no scales that could be fitted. Leave `fit` out, or use a lossy method.")
     if not isinstance(calibration, Calibration | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"`calibration` must be dtrain.Calibration(model, batches), got {type(calibration).__name__}.")
-    if fit is not None and fit.needs == "objective" and objective is None:
-        fixed = {"DareX": "q='norm' or a number need", "Dbms": "numbers for lam and eta need"}.get(name, "no fit needs")
+    searched = isinstance(method, Dbms) and method.split == "search" and method.source == "own"
+    if fit is not None and (fit.needs == "objective" or searched) and objective is None:
+        fixed = "numbers for lam and eta need" if isinstance(method, Dbms) else "no fit needs"
+        if hasattr(method, "q"):
+            fixed = "q='norm' or a number need"
         raise NeedsDataError(
             f"{name} with {type(fit).__name__} fits scales on training inputs but got no objective. Pass "
             f"objective=dtrain.HiddenChange(model, batches) or dtrain.Metric(model, evaluate); {fixed} no data."

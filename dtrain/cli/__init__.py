@@ -1,4 +1,4 @@
-"""The command line: `dtrain compress`, `apply`, `inspect`, `verify`, `advise`, `methods`."""
+"""The command line: `dtrain compress`, `share`, `apply`, `inspect`, `verify`, `advise`, `methods`."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dtrain.errors import InputError
 from dtrain.fit.fit import Fit, Found
-from dtrain.fit.problem import Problem
-from dtrain.methods import Inputs, Rescaled
+from dtrain.fit.problem import Factors, Problem
+from dtrain.methods import Inputs, Method, Rescaled
 from dtrain.methods.bound import bound_q, least_squares_q
 from dtrain.methods.method import Needs, check_choice, check_type
 from dtrain.progress import progress
@@ -20,6 +20,7 @@ from dtrain.stages import matrix_shape, rebuild
 
 Rule = Literal["norm", "mean", "parallel", "mse", "gram", "expected", "bound"]
 _RULES: tuple[Rule, ...] = get_args(Rule)
+_ETAS = tuple(10 ** (power / 2) for power in range(-6, 7))
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class ClosedForm(Fit):
     Args:
         rule: How a scale is computed.
         per: One scale for every "tensor" or for every "row" (output): the latter with the first five rules.
-        eta: For rule="bound": the bound's free parameter, in units of 1 / output.
+        eta: For rule="bound": the bound's free parameter, in units of 1 / output. "search" takes the best of thirteen
+            from 0.001 to 1000 by the objective, as the paper searches it.
 
     Raises:
         InputError: If an argument is out of its range.
@@ -52,14 +54,15 @@ class ClosedForm(Fit):
 
     rule: Rule = "norm"
     per: Literal["tensor", "row"] = "tensor"
-    eta: float = 1.0
+    eta: float | Literal["search"] = 1.0
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, _RULES)
         check_choice("per", self.per, ("tensor", "row"))
-        check_type("eta", self.eta, float)
-        if not 0 < self.eta < math.inf:
-            raise InputError(f"`eta` must be a positive number, got {self.eta}. Start with eta=1.")
+        if self.eta != "search":
+            check_type("eta", self.eta, float)
+            if not 0 < self.eta < math.inf:
+                raise InputError(f"`eta` must be a positive number or 'search', got {self.eta}. Start with eta=1.")
         if self.per == "row" and self.rule in ("expected", "bound"):
             raise InputError(f"rule={self.rule!r} is a mean over rows. Use per='tensor', or another rule.")
 
@@ -70,29 +73,43 @@ class ClosedForm(Fit):
 
     def run(self, problem: Problem) -> Found:
         """Compute every tensor's scale."""
+        if not problem.method.free[-1]:
+            raise InputError("the scale that would be computed is fixed by the method. Give Dbms(eta='fit').")
         if self.per == "row" and problem.groups > 1:
             raise InputError("rows of a base vector and of its residual cannot be scaled apart. Use per='tensor'.")
         start = problem.start()
-        begun = None if problem.objective is None else problem.evaluate(start)
+        if problem.objective is None:
+            if self.rule == "bound" and self.eta == "search":
+                raise InputError("eta='search' compares by an objective. Pass objective=dtrain.HiddenChange(...).")
+            return Found(self._compute(problem, start), None, None, {})
+        evaluate = problem.evaluate_stored if self.per == "row" else problem.evaluate
+        begun = problem.evaluate(start)
+        if self.rule != "bound" or self.eta != "search":
+            x = self._compute(problem, start)
+            return Found(x, begun, evaluate(x), {})
+        tried = {eta: replace(self, eta=eta)._compute(problem, start) for eta in _ETAS}
+        losses = {eta: problem.evaluate(x) for eta, x in tried.items()}
+        best = min(losses, key=lambda eta: losses[eta])
+        return Found(tried[best], begun, losses[best], {"best_eta": best})
+
+    def _compute(self, problem: Problem, start: Factors) -> Factors:
         x = dict(start)
         with progress(f"computing scales ({self.rule})", len(problem.matrices)) as advance:
             for name in problem.matrices:
                 x[name] = self._factors(problem, name, x[name])
                 advance(name)
-        if problem.objective is None:
-            return Found(x, None, None, {})
-        return Found(x, begun, problem.evaluate_stored(x) if self.per == "row" else problem.evaluate(x), {})
+        return x
 
     def _factors(self, problem: Problem, name: str, start: Tensor) -> Tensor:
         """Return the logarithms of one tensor's scales; those of a base vector stay."""
-        delta, seen = problem.changes[name].delta().double().cpu(), problem.inputs.get(name)
+        delta, seen = problem.changes[name].delta().cpu().double(), problem.inputs.get(name)
         *base, last = problem.payloads()[name]
         for group in base:
             delta = delta - rebuild(group, name, delta.shape)
         found = self._scale(problem, delta, rebuild(last, name, delta.shape), seen)
         columns = found.numel() if self.per == "row" else 1
-        out = start.expand(-1, columns).contiguous()
-        known = found.isfinite() & (found >= 0)
+        out = start.expand(-1, columns).clone()
+        known = found.isfinite() & (found > 0)  # where nothing points along the delta, the scale stays
         out[-1] = torch.where(known, found.log(), out[-1])
         return out
 
@@ -116,19 +133,20 @@ class ClosedForm(Fit):
 
     def _by_q(self, problem: Problem, delta: Tensor, seen: Inputs | None) -> Tensor:
         method = problem.method
-        if not isinstance(method, Rescaled):
+        divided = _divided_by(method)
+        if not isinstance(method, Rescaled) or divided is None:
             raise InputError(
-                f"rule={self.rule!r} finds a q, and {type(method).__name__} has none. Use 'gram' or 'mse'."
+                f"rule={self.rule!r} finds a q, which {type(method).__name__} does not leave open as it is. "
+                "Give a method with q='keep', 'search' or a number, or use 'gram' or 'mse'."
             )
         if seen is None:
             return torch.tensor([math.nan])
         matrix = seen.matrix(delta)
         if self.rule == "bound":
-            q = bound_q(matrix, seen.sample, method.keep, self.eta)
+            q = bound_q(matrix, seen.sample, method.keep, float(self.eta))
         else:
             q = least_squares_q(matrix, seen.sample, method.keep)
-        # Relative to what the payloads are divided by now: the far end of the range stands for q = keep.
-        return torch.tensor([method.keep / q * math.exp(problem.range.high)], dtype=torch.float64)
+        return torch.tensor([divided / q], dtype=torch.float64)
 
     def _matrix(self, value: Tensor, seen: Inputs | None) -> Tensor:
         """Return the values as rows of outputs, columns of inputs where a Gram matrix says which those are."""
@@ -140,3 +158,11 @@ class ClosedForm(Fit):
 
     def _sum(self, terms: Tensor) -> Tensor:
         return terms.sum(1) if self.per == "row" else terms.sum()[None]
+
+
+def _divided_by(method: Method) -> float | None:
+    """Return the q that a method's payloads are divided by before any fit; None where it is not one number."""
+    q: object = getattr(method, "q", None)
+    if isinstance(q, str):
+        return {"search": 1.0, "keep": float(getattr(method, "keep", 1.0))}.get(q)
+    return q if isinstance(q, float) else None

@@ -72,8 +72,11 @@ class Learn(Fit):
 
     def run(self, problem: Problem) -> Found:
         """Learn, look, keep the best."""
-        if self.per == "row" and problem.groups > 1:
-            raise InputError("rows of a base vector and of its residual cannot be scaled apart. Use per='tensor'.")
+        if self.per == "row" and (problem.groups > 1 or self.masks > 1):
+            raise InputError(
+                "scales of rows belong to one mask and one payload: not to several masks, nor to a base vector and its "
+                "residual. Use masks=1 and another method than Dbms, or per='tensor'."
+            )
         learnt, held = self._split(problem)
         start = problem.start()
         first = problem.evaluate(start)
@@ -86,7 +89,10 @@ class Learn(Fit):
     def _split(self, problem: Problem) -> tuple[range, range]:
         batches: int = getattr(problem.objective, "batches", 0)
         if batches == 1:
-            raise InputError("Learn learns from some batches and stops by others, and got one. Give two or more.")
+            raise InputError(
+                "Learn learns from some batches and stops by others, and got one. Give two or more, if need be smaller "
+                "ones (on the command line --calibration.batch)."
+            )
         first = batches - max(1, round(batches * self.held_out))
         return range(first), range(first, batches)
 
@@ -103,14 +109,15 @@ class Learn(Fit):
         best, waited, step = x, 0, 0
         for step in range(1, self.steps + 1):
             now = _moved(x, moves, counted)
-            loss, gradient = problem.gradient(now, learnt[(step - 1) % len(learnt)], (step - 1) % self.masks)
+            turn, batch = divmod(step - 1, len(learnt))  # every mask sees every batch
+            loss, gradient = problem.gradient(now, learnt[batch], turn % self.masks)
             gradients = [gradient[name] for name in counted]
             for move, grad in zip(moves, [sum(gradients[1:], gradients[0])] if shared else gradients, strict=True):
                 grad[frozen] = 0.0
                 move.grad = grad
             if all(bool(move.grad.isfinite().all()) for move in moves if move.grad is not None):
                 optimizer.step()
-            schedule.step()
+                schedule.step()
             problem.tell(step, loss)
             advance(f"loss {loss:.5g}, held out {least:.5g}")
             if step % self.every and step != self.steps:

@@ -100,7 +100,7 @@ class OutputChange(ABC):
         self.module, self._batches, self._forward = module, list(batches), forward or call
         if not self._batches:
             raise InputError("`batches` is empty. Give at least one batch of training inputs.")
-        self._target: list[Tensor] = []
+        self._target: list[tuple[Tensor, ...]] = []
 
     @property
     def batches(self) -> int:
@@ -110,19 +110,25 @@ class OutputChange(ABC):
     def remember(self) -> None:
         """Cache what the fine-tuned model computes."""
         # Copies: a model may return one of its weights, which the fit writes to.
-        self._target = [self._seen(batch, None).clone() for batch in self._batches]
+        self._target = [self._keep(self._seen(batch, None).clone()) for batch in self._batches]
 
     def loss(self) -> float:
         """Return the mean over all elements of all batches."""
         self._check_target()
-        total = sum(float(self.batch_loss(i)) * target.numel() for i, target in enumerate(self._target))
-        return total / max(1, sum(target.numel() for target in self._target))
+        sizes = [target[0].numel() for target in self._target]
+        return sum(float(self.batch_loss(i)) * size for i, size in enumerate(sizes)) / max(1, sum(sizes))
 
     def batch_loss(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the loss of one batch, a scalar in float32, differentiable with respect to `tensors`."""
         self._check_target()
         target = self._target[index]
-        return self._compare(self._seen(self._batches[index], tensors), target) if target.numel() else torch.zeros(())
+        if not target[0].numel():
+            return torch.zeros(())
+        return self._compare(self._seen(self._batches[index], tensors), *target)
+
+    def _keep(self, seen: Tensor) -> tuple[Tensor, ...]:
+        """Return what has to be kept of what the fine-tuned model computes."""
+        return (seen,)
 
     def _seen(self, batch: Any, tensors: Mapping[str, Tensor] | None) -> Tensor:
         if tensors is None:
@@ -142,15 +148,16 @@ class OutputChange(ABC):
         """Run the model on a batch and return what is compared."""
 
     @abstractmethod
-    def _compare(self, found: Tensor, target: Tensor) -> Tensor:
-        """Return the mean difference, a scalar."""
+    def _compare(self, found: Tensor, *target: Tensor) -> Tensor:
+        """Return the mean difference between what is computed now and what was kept, a scalar."""
 
 
 class HiddenChange(OutputChange):
     """Mean absolute change of the last hidden state, on unlabelled inputs (q_e of DAREx, for encoders).
 
-    The last hidden state is taken to be the input of the linear layer that runs last (a reading that holds for any
-    module with a head); where no linear layer runs, the model's output.
+    The last hidden state is what the model returns by that name, as encoders of Hugging Face do; else it is taken to be
+    the input of the linear layer that runs last (a reading that holds for any module with a head), and where no linear
+    layer runs, the model's output.
 
     Args:
         module: The model; its tensor names are the delta's.
@@ -167,13 +174,14 @@ class HiddenChange(OutputChange):
     def _look(self, batch: Any, *, grad: bool) -> Tensor:
         with HiddenCapture(self.module) as capture:
             output = run(self.module, self._forward, batch, grad=grad)
-        hidden = capture.last if capture.last is not None else output
+        own: object = getattr(output, "last_hidden_state", None)  # a pooler may run after it, on one token
+        hidden = own if isinstance(own, Tensor) else capture.last if capture.last is not None else output
         if not isinstance(hidden, Tensor):
             raise InputError(f"the model returns {type(hidden).__name__} and runs no linear layer. Pass forward=.")
         return hidden
 
-    def _compare(self, found: Tensor, target: Tensor) -> Tensor:
-        return l1_loss(found, target)
+    def _compare(self, found: Tensor, *target: Tensor) -> Tensor:
+        return l1_loss(found, target[0])
 
 
 class LogitChange(OutputChange):
@@ -212,16 +220,19 @@ class LogitChange(OutputChange):
     def _look(self, batch: Any, *, grad: bool) -> Tensor:
         return _logits(run(self.module, self._forward, batch, grad=grad))
 
-    def _compare(self, found: Tensor, target: Tensor) -> Tensor:
+    def _keep(self, seen: Tensor) -> tuple[Tensor, ...]:
+        if self._measure != "top":  # of a large vocabulary a few logits are little
+            return (seen,)
+        best = seen.topk(min(self._top, seen.shape[-1]), dim=-1)
+        return best.values, best.indices
+
+    def _compare(self, found: Tensor, *target: Tensor) -> Tensor:
         if self._measure == "kl":
-            if target.shape[-1] < 2:
+            if found.shape[-1] < 2:
                 raise InputError("measure='kl' compares classes, and the model has one output. Use measure='mse'.")
-            teacher, student = log_softmax(target, -1), log_softmax(found, -1)
+            teacher, student = log_softmax(target[0], -1), log_softmax(found, -1)
             return (teacher.exp() * (teacher - student)).mean()
-        if self._measure == "top":
-            best = target.topk(min(self._top, target.shape[-1]), dim=-1).indices
-            return mse_loss(found.gather(-1, best), target.gather(-1, best))
-        return mse_loss(found, target)
+        return mse_loss(found.gather(-1, target[1]) if self._measure == "top" else found, target[0])
 
 
 def mean_change(hidden: Iterable[Tensor], target: Sequence[Tensor]) -> float:

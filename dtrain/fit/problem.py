@@ -17,16 +17,18 @@ from dtrain.errors import InputError
 from dtrain.fit.objective import Differentiable, Objective
 from dtrain.fit.rows import scale_rows
 from dtrain.fit.trial import Trial, share_memory
-from dtrain.methods import Inputs, Method, Rescaled, Shifted
+from dtrain.methods import Dbms, Inputs, Method, Rescaled, Shifted
 from dtrain.methods.dbms import scaled
 from dtrain.methods.method import Encoder, Groups
 from dtrain.stages import Decoded, Payload, Sign, decode, matrix_shape
+from dtrain.stages.quantise import float32
 from dtrain.weights import read_weights
 
 #: By tensor name, logarithms of what the scales are multiplied with: float64 of shape (groups, 1) or (groups, rows).
 Factors = dict[str, Tensor]
 Watch = Callable[[int, float], None]
 
+_HALF_SCALE = 16  # as torch's GradScaler begins
 _SPAN = math.log(4)  # how far a scale without a range of its own is searched, to either side
 
 
@@ -80,11 +82,14 @@ class Problem:
         self._changes = _apart(changes, objective)
         self.matrices = {change.name: change for change in self._changes if change.role == "method"}
         self.changes = {c.name: c for c in self._changes if c.name in self.matrices or c.name in vectors}
-        fixed = {name: (*[()] * isinstance(masks[0][0], Shifted), found) for name, found in vectors.items()}
+        fixed: dict[str, Groups] = {
+            name: ((), found) if isinstance(masks[0][0], Shifted) else (found,) for name, found in vectors.items()
+        }
         self._masks = [
             _Codes(encoder, groups | fixed, {}, dict.fromkeys(self.changes, 1.0)) for encoder, groups in masks
         ]
         self._trial: Trial | None = None
+        self._bases: dict[str, Tensor] = {}
         self._written: _Codes | None = None
         self._stack = ExitStack()
 
@@ -97,6 +102,8 @@ class Problem:
             self._trial.write(tuned)
             self.objective.remember()
             self._trial.write(self._rest)
+            # Once: a base on another device than the module would be moved at every evaluation.
+            self._bases = {n: _base(c).to(self._trial.tensor(n).device) for n, c in self.changes.items()}
             for codes in self._masks:
                 self._decode(codes, self.changes)
             self._stack = stack.pop_all()
@@ -113,8 +120,7 @@ class Problem:
     @property
     def free(self) -> tuple[bool, ...]:
         """Which of a tensor's scales are to be found."""
-        free = getattr(self.method, "free", None)
-        return (True,) if free is None else free
+        return self.method.free
 
     @property
     def range(self) -> Range:
@@ -150,19 +156,29 @@ class Problem:
         A tensor's own gradient is reduced to those of its scales as soon as it is there: the model's are never in
         memory together.
         """
-        objective, codes, trial = self._differentiable(), self._masks[mask], self._open()
-        self._write(codes, x)
+        self._write(self._masks[mask], x)
+        half = any(self._open().tensor(name).dtype == torch.float16 for name in self.changes)
+        power = _HALF_SCALE if half else 0  # derivatives of a mean are too small for half precision
+        while True:
+            loss, found = self._backward(x, batch, mask, 2.0**power)
+            if power <= 0 or all(bool(value.isfinite().all()) for value in found.values()):
+                return loss, found
+            power -= 4
+
+    def _backward(self, x: Factors, batch: int, mask: int, scale: float) -> tuple[float, Factors]:
         found = {name: torch.zeros_like(value) for name, value in x.items()}
         leaves: dict[str, Tensor] = {}
-        for name in self.changes:
-            leaf = leaves[name] = trial.tensor(name).detach().requires_grad_()
-            leaf.register_post_accumulate_grad_hook(partial(self._reduce, codes, name, x[name], found[name]))
-        loss = objective.batch_loss(batch, leaves)
-        if not loss.requires_grad:
-            raise InputError("the objective does not depend on the compressed tensors, so no scale can be learnt.")
-        # Into these only: the module's other parameters may want gradients too, and belong to whoever trains it.
-        torch.autograd.backward(loss, inputs=list(leaves.values()))
-        return float(loss.detach()), found
+        with torch.enable_grad():  # whatever the caller is in
+            for name in self.changes:
+                leaf = leaves[name] = self._open().tensor(name).detach().requires_grad_()
+                into = partial(self._reduce, self._masks[mask], name, x[name], found[name])
+                leaf.register_post_accumulate_grad_hook(into)
+            loss = self._differentiable().batch_loss(batch, leaves)
+            if not loss.requires_grad:
+                raise InputError("the objective does not depend on the compressed tensors, so no scale can be learnt.")
+            # Into these only: the module's other parameters may want gradients too, and belong to whoever trains it.
+            torch.autograd.backward(loss * scale, inputs=list(leaves.values()))
+        return float(loss.detach()), {name: value / scale for name, value in found.items()}
 
     def evaluate_stored(self, x: Factors) -> float:
         """Return the objective with the payloads of the file: factors of rows are rounded when they are stored."""
@@ -225,7 +241,7 @@ class Problem:
     def _write(self, codes: _Codes, x: Factors) -> None:
         trial = self._open()
         if self._written is not codes:  # a patch changes no more than what it keeps
-            trial.write({name: _base(change) for name, change in self.changes.items()})
+            trial.write(self._bases)
             self._written = codes
         for name, change in self.changes.items():
             decoded: list[Decoded] = []
@@ -234,12 +250,12 @@ class Problem:
                 for payload, item in zip(group, items, strict=True):
                     if factors.numel() == 1:
                         decoded.append(item)
-                        scales.append(_float32(payload.scale * _factor(factors[0])))
+                        scales.append(float32(payload.scale * _factor(factors[0])))
                     else:
                         by_row = _rows(item, factors.exp(), change.tuned.shape)
                         decoded.append(Decoded(item.positions, item.values * by_row))
                         scales.append(payload.scale)
-            trial.put(name, _base(change), decoded, scales)
+            trial.put(name, self._bases[name], decoded, scales)
 
     def _reduce(self, codes: _Codes, name: str, x: Tensor, out: Tensor, leaf: Tensor) -> None:
         """Add up the derivatives of one tensor's scales, and let its own gradient go."""
@@ -251,11 +267,10 @@ class Problem:
             for payload, item in zip(group, items, strict=True):
                 product = (flat if item.positions is None else flat[item.positions]) * item.values * payload.scale
                 if x.shape[1] == 1:
-                    out[number] += (product.sum(dtype=torch.float64) * x[number, 0].exp()).cpu()
-                else:
-                    rows = _row_of(item, leaf.shape, product.device)
-                    sums = torch.zeros(x.shape[1], dtype=torch.float64, device=product.device)
-                    out[number] += sums.index_add_(0, rows, product.double()).cpu() * x[number].exp()
+                    out[number] += float(product.sum()) * x[number, 0].exp()
+                else:  # on the CPU, where sums are the same each time
+                    rows, sums = _row_of(item, leaf.shape).cpu(), torch.zeros(x.shape[1], dtype=torch.float64)
+                    out[number] += sums.index_add_(0, rows, product.cpu().double()) * x[number].exp()
 
     def _differentiable(self) -> Differentiable:
         if not isinstance(self.objective, Differentiable):
@@ -299,6 +314,8 @@ def _scaled(codes: _Codes, name: str, factors: Tensor, shape: Sequence[int]) -> 
 
 
 def _range(method: Method) -> Range:
+    if isinstance(method, Dbms):
+        return _range(method.hosts[1])
     if not isinstance(method, Rescaled):
         return Range(-_SPAN, 0.0, _SPAN)
     span = math.log(1 / method.keep)
@@ -314,23 +331,20 @@ def _range(method: Method) -> Range:
 
 
 def _rows(item: Decoded, factors: Tensor, shape: Sequence[int]) -> Tensor:
-    return factors.float().to(item.values.device)[_row_of(item, shape, item.values.device)]
+    return factors.float().to(item.values.device)[_row_of(item, shape)]
 
 
-def _row_of(item: Decoded, shape: Sequence[int], device: torch.device) -> Tensor:
+def _row_of(item: Decoded, shape: Sequence[int]) -> Tensor:
+    """Return the row of every value."""
     rows, columns = matrix_shape(shape)
     if item.positions is None:
-        return torch.arange(rows, device=device).repeat_interleave(columns)
+        return torch.arange(rows, device=item.values.device).repeat_interleave(columns)
     return torch.div(item.positions, columns, rounding_mode="floor")
 
 
 def _factor(log: Tensor) -> float:
     """Return the factor, rounded to float32 as the file holds lam."""
-    return _float32(math.exp(float(log)))
-
-
-def _float32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32))
+    return float32(math.exp(float(log)))
 
 
 def _base(change: Change) -> Tensor:

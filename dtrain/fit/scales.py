@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from dtrain.errors import InputError
 from dtrain.fit.fit import Fit
 from dtrain.fit.problem import Factors, Problem
 from dtrain.fit.search import Search
-from dtrain.methods import Method, Rescaled
+from dtrain.methods import Dbms, Method, Rescaled
 from dtrain.methods.method import Groups
 
 
@@ -24,7 +26,7 @@ def fit_of(method: Method, fit: Fit | None = None) -> Fit | None:
 
 def fit_scales(fit: Fit, problem: Problem) -> tuple[dict[str, Groups], dict[str, Any]]:
     """Return the payloads of every tensor with fitted scales, and a JSON-serialisable summary."""
-    with problem:
+    with torch.inference_mode(False), problem:  # what is made in it could have no part in a gradient
         factors, start, loss, notes = fit.run(problem)
         worse = start is not None and loss is not None and loss > start
         x = problem.start() if worse else factors
@@ -42,15 +44,16 @@ def fit_scales(fit: Fit, problem: Problem) -> tuple[dict[str, Groups], dict[str,
 
 def _factors(problem: Problem, x: Factors) -> dict[str, list[float]]:
     """Return the least and the greatest factor of every scale of a tensor, by what it is called."""
-    if not x:
+    matrices = [value for name, value in x.items() if name in problem.matrices]
+    if not matrices:
         return {}
     ranges = [
-        [math.exp(min(float(value[group].min()) for value in x.values()))]
-        + [math.exp(max(float(value[group].max()) for value in x.values()))]
+        [math.exp(extreme(float(extreme(value[group])) for value in matrices)) for extreme in (min, max)]
         for group in range(problem.groups)
     ]
-    if len(ranges) == 2:
-        return {"lam": ranges[0], "eta": ranges[1]}
+    if isinstance(problem.method, Dbms):  # what is fixed is the method's own; a fitted one starts from 1
+        own = [1.0 if value == "fit" else value for value in (problem.method.lam, problem.method.eta)]
+        return {name: [o * v for v in r] for name, o, r in zip(("lam", "eta"), own, ranges, strict=True)}
     if isinstance(problem.method, Rescaled) and problem.method.q == "search":
         return {"q": [1 / ranges[0][1], 1 / ranges[0][0]]}
     return {"factors": ranges[0]}

@@ -71,7 +71,7 @@ class Search(Fit):
             x, start, loss = (
                 search_shift(problem, evaluate) if problem.groups == 2 else _global(problem, evaluate, self.scan)
             )
-            if self.per == "tensor":
+            if self.per == "tensor" and problem.free[-1]:
                 x, loss = _descend(evaluate, x, list(problem.matrices), loss, problem.range)
         return Found(x, start, loss, {"evaluations": problem.evaluations})
 

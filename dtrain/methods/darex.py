@@ -34,9 +34,10 @@ class DareX(Rescaled):
     Args:
         keep: Share of the delta's elements that is kept, in [2**-24, 1].
         seed: Seed of the masks. A mask costs no bytes: it is drawn again from the seed and the tensor's name.
-        q: A number in (0, 1]; "keep" for q = keep, as DARE does; "norm" to keep every tensor's Frobenius norm; "search"
-            to fit it to the objective; "bound" to minimise the Chernoff bound on the change of each layer's outputs. A
-            tensor that is no layer's weight (an embedding) has no bound: it is divided by `keep`.
+        q: A number in (0, 1]; "keep" for q = keep, as DARE does; "norm" to keep every tensor's Frobenius norm;
+            "parallel" to keep the part of it that lies along the delta; "search" to fit it to the objective; "bound"
+            to minimise the Chernoff bound on the change of each layer's outputs. A tensor that is no layer's weight (an
+            embedding) has no bound: it is divided by `keep`.
         scope: One q for the "model", or one for every "layer" (tensor), found after the model's.
         search: "grid": a logarithmic grid, refined once around its best point; "golden": golden-section search.
         masks: Number of masks the objective is averaged over while searching. The file holds the first one.
@@ -49,7 +50,7 @@ class DareX(Rescaled):
         InputError: If an argument is out of its range.
     """
 
-    q: float | Literal["search", "norm", "keep", "bound"] = "search"
+    q: float | Literal["search", "norm", "parallel", "keep", "bound"] = "search"
     mask: Mask = "bernoulli"
     values: Values = "float16"
     eta: float = 1.0

@@ -16,6 +16,7 @@ from dtrain.methods.inputs import Inputs
 from dtrain.methods.method import Deltas, Encoder, Groups, Method, Needs, check_choice, check_type
 from dtrain.methods.seeded_sign import SeededSign
 from dtrain.stages import SHARED, Payload, rebuild
+from dtrain.stages.quantise import float32
 
 SPLITS = (0.25, 0.5, 0.75)  # that split="search" tries
 _OTHER_SEED = 1 << 63  # far from every seed that masks are averaged over
@@ -86,7 +87,7 @@ class Dbms(Method):
         return as_base_vector(first), host if self.source == "shared" else second
 
     @property
-    def free(self) -> tuple[bool, bool]:
+    def free(self) -> tuple[bool, ...]:
         """Whether lam and eta are to be fitted."""
         return self.lam == "fit", self.eta == "fit"
 
@@ -166,7 +167,7 @@ class Shifted:
         shared: Mapping[str, tuple[Payload, ...]] | None = None,
     ) -> None:
         self._base, self._residual, self._shared = base, residual, shared
-        self._lam, self._eta = (float(torch.tensor(value, dtype=torch.float32)) for value in (lam, eta))
+        self._lam, self._eta = float32(lam), float32(eta)
 
     def followed_by(self, residual: Encoder) -> Shifted:
         """Return the same with another encoder of the residual."""
@@ -204,7 +205,7 @@ class Shifted:
 
 
 def _rest(name: str, delta: Tensor, base: tuple[Payload, ...]) -> Tensor:
-    return (delta.double().cpu() - rebuild(base, name, delta.shape)).float().to(delta.device)
+    return (delta.cpu().double() - rebuild(base, name, delta.shape)).float().to(delta.device)
 
 
 def as_base_vector(method: Method) -> Method:

@@ -59,14 +59,14 @@ class Rescaled(RandomDrop):
     Args:
         keep: Share of the delta's elements that is kept, in [2**-24, 1].
         seed: Seed of the selection. It costs no bytes: it is drawn again from the seed and the tensor's name.
-        q: A number in (0, 1]; "keep" for q = keep, as DARE does; "norm" to keep every tensor's Frobenius norm; "search"
-            to fit it to the objective.
+        q: A number in (0, 1]; "keep" for q = keep, as DARE does; "norm" to keep every tensor's Frobenius norm;
+            "parallel" to keep the part of it that lies along the delta; "search" to fit it to the objective.
         scope: One q for the "model", or one for every "layer" (tensor), found after the model's.
         search: "grid": a logarithmic grid, refined once around its best point; "golden": golden-section search.
         masks: Number of masks the objective is averaged over while searching. The file holds the first one.
     """
 
-    q: float | Literal["search", "norm", "keep", "bound"] = "search"
+    q: float | Literal["search", "norm", "parallel", "keep", "bound"] = "search"
     scope: Scope = "model"
     search: Search = "grid"
     masks: int = 3
@@ -90,13 +90,17 @@ class Rescaled(RandomDrop):
         payload = self.unscaled(name, delta)
         if self.q == "norm":
             return (with_norm_of(delta, name, payload),)
+        if self.q == "parallel":
+            return (along(delta, name, payload),)
         q = {"keep": self.keep}.get(self.q, 1.0) if isinstance(self.q, str) else self.q
         return (replace(payload, scale=payload.scale / q),)
 
     def _check_q(self) -> None:
         if isinstance(self.q, str):
-            if self.q not in ("search", "norm", "keep"):
-                raise InputError(f"`q` must be a number in (0, 1], 'search', 'norm' or 'keep', got {self.q!r}.")
+            if self.q not in ("search", "norm", "parallel", "keep"):
+                raise InputError(
+                    f"`q` must be a number in (0, 1], 'search', 'norm', 'parallel' or 'keep', got {self.q!r}."
+                )
             return
         check_type("q", self.q, float)
         if not 0 < self.q <= 1:
@@ -107,6 +111,19 @@ def with_norm_of(delta: Tensor, name: str, payload: Payload) -> Payload:
     """Return `payload` with the scale that gives what it decodes to the Frobenius norm of `delta`."""
     norm = _norm(decode(payload, name, delta.shape, delta.device).values) * payload.scale
     return replace(payload, scale=payload.scale * _norm(delta) / norm if norm else payload.scale)
+
+
+def along(delta: Tensor, name: str, payload: Payload) -> Payload:
+    """Return `payload` with the scale that makes the part of what it decodes to along `delta` the delta itself.
+
+    That is <D, D> / <D, D_hat>: 1/keep of a random mask on the mean, and of signs more than that, since those of large
+    elements count as much as those of small ones.
+    """
+    positions, values = decode(payload, name, delta.shape, delta.device)
+    flat = delta.reshape(-1)
+    found = float(((flat if positions is None else flat[positions]).double() * values.double()).sum()) * payload.scale
+    whole = float(flat.double().square().sum())
+    return replace(payload, scale=payload.scale * whole / found if found > 0 and whole else payload.scale)
 
 
 def _norm(values: Tensor) -> float:

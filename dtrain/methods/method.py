@@ -57,6 +57,11 @@ class Method(ABC):
         return "nothing"
 
     @property
+    def free(self) -> tuple[bool, ...]:
+        """Which of the scales that a tensor's groups of payloads have a fit may change: the one that there is."""
+        return (True,)
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether `compress` has to be given a calibration."""
         return self.needs in ("inputs", "covariance")

@@ -16,6 +16,9 @@ class SeededSign(Rescaled):
     `D_hat = (a / q) * M * sign(D)` with the mean magnitude a of the kept weights and a stratified seeded mask: the mask
     of DeltaDQ, the values of BitDelta, the free scale of DAREx-q. Positions cost nothing, a value costs one bit.
 
+    By default the scale keeps the part along the delta, <D, D> / <D, D_hat>: with q = keep the mean magnitude stands
+    for all, and large weights, which move the output most, get too little. `fit=Learn()` finds a better one from inputs.
+
     * **Source**: ours; the parts are from arXiv 2410.08666, 2402.10193 and 2410.09344.
     * **Data needed**: none; with q="search" an objective on *training* inputs.
     * **Bits per parameter**: keep, nominally and on disk.
@@ -25,8 +28,8 @@ class SeededSign(Rescaled):
     Args:
         keep: Share of the delta's elements that is kept, in [2**-24, 1]; 1/32 and other 1/n give equal groups.
         seed: Seed of the masks. A mask costs no bytes: it is drawn again from the seed and the tensor's name.
-        q: A number in (0, 1]; "keep" for q = keep, as DARE does; "norm" to keep every tensor's Frobenius norm; "search"
-            to fit it to the objective.
+        q: A number in (0, 1]; "keep" for q = keep, as DARE does; "norm" to keep every tensor's Frobenius norm;
+            "parallel" to keep the part of it that lies along the delta; "search" to fit it to the objective.
         scope: One q for the "model", or one for every "layer" (tensor), found after the model's.
         search: "grid": a logarithmic grid, refined once around its best point; "golden": golden-section search.
         masks: Number of masks the objective is averaged over while searching. The file holds the first one.
@@ -36,7 +39,7 @@ class SeededSign(Rescaled):
     """
 
     keep: float = 1 / 32
-    q: float | Literal["search", "norm", "keep"] = "keep"
+    q: float | Literal["search", "norm", "parallel", "keep"] = "parallel"
     paper: ClassVar[str] = "ours"
 
     @property

@@ -28,8 +28,8 @@ class Structured(Rescaled):
     Args:
         keep: Probability that a unit is kept, in [2**-24, 1].
         seed: Seed of the masks. A mask costs no bytes: it is drawn again from the seed and the tensor's name.
-        q: A number in (0, 1]; "keep" for q = keep, as DARE does; "norm" to keep every tensor's Frobenius norm; "search"
-            to fit it to the objective.
+        q: A number in (0, 1]; "keep" for q = keep, as DARE does; "norm" to keep every tensor's Frobenius norm;
+            "parallel" to keep the part of it that lies along the delta; "search" to fit it to the objective.
         scope: One q for the "model", or one for every "layer" (tensor), found after the model's.
         search: "grid": a logarithmic grid, refined once around its best point; "golden": golden-section search.
         masks: Number of masks the objective is averaged over while searching. The file holds the first one.
@@ -41,7 +41,7 @@ class Structured(Rescaled):
         InputError: If an argument is out of its range.
     """
 
-    q: float | Literal["search", "norm", "keep"] = "search"
+    q: float | Literal["search", "norm", "parallel", "keep"] = "search"
     unit: Unit = "column"
     block: int = 16
     values: Values = "float16"

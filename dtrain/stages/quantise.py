@@ -115,7 +115,7 @@ class Sign:
             side, _, scale = to_halves(parts.gather(values.abs(), "mean"))
             return Coded(side, bits, scale)
         # float64 sums differ between thread counts by far less than a float32 scale can show.
-        return Coded(_NONE, bits, _float32(float(values.abs().double().mean()) if values.numel() else 0.0))
+        return Coded(_NONE, bits, float32(float(values.abs().double().mean()) if values.numel() else 0.0))
 
     def decode(self, side: Tensor, symbols: Tensor, parts: Blocks) -> Tensor:
         """Return -1 or 1, times the block's mean magnitude where there are blocks, as float32 of shape (n,)."""
@@ -153,7 +153,7 @@ class Uniform:
 
     def encode(self, values: Tensor, parts: Blocks) -> Coded:
         """Quantise float32 `values` of shape (n,)."""
-        side, scale = _NONE, _float32(_greatest(values) / self.top) or 1.0
+        side, scale = _NONE, float32(_greatest(values) / self.top) or 1.0
         step = torch.tensor(scale)
         if self.group:
             side, halves, scale = to_halves(parts.gather(values.abs(), "amax") / self.top)
@@ -211,7 +211,7 @@ class Affine:
         low, high = parts.gather(values, "amin").clamp_max(0), parts.gather(values, "amax").clamp_min(0)
         halves, step, scale = to_halves((high - low) / self.top)
         if not self.group:
-            scale, halves = _float32(float(high - low) / self.top) or 1.0, _NONE
+            scale, halves = float32(float(high - low) / self.top) or 1.0, _NONE
             step = torch.ones(1)
         step = (step * scale).where(step != 0, 1.0)
         zero = (-low / step).round().clamp(0, self.top)
@@ -382,6 +382,6 @@ def _power_of_two(values: Tensor) -> float:
     return 2.0 ** max(exponent - 15, -126)
 
 
-def _float32(value: float) -> float:
+def float32(value: float) -> float:
     """Round to the float32 that the file stores, so that memory and file hold the same scale."""
     return float(torch.tensor(value, dtype=torch.float32))

@@ -1,11 +1,24 @@
 """The two scalars of DBMS by search, against every pair of a fine grid."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import dtrain
-from dtrain import BitDelta, DareX, Dbms, HiddenChange, Learn, Metric, Search, SeededSign
+from dtrain import (
+    BitDelta,
+    ClosedForm,
+    DareX,
+    Dbms,
+    HiddenChange,
+    Learn,
+    Metric,
+    NeedsDataError,
+    Search,
+    SeededSign,
+)
 from dtrain.methods import Shifted
 from tests.methods.settings import dense
 
@@ -49,10 +62,39 @@ def test_what_is_fixed_is_not_searched(models):
     for name, method in {"eta only": Dbms(BitDelta(), lam=0.9), "lam only": Dbms(BitDelta(), eta=0.9)}.items():
         delta = dtrain.compress(base, tuned, method, objective=objective)
         seen[name] = delta.content.metadata["fit"]
-    assert seen["eta only"]["lam"] == seen["lam only"]["eta"] == [1.0, 1.0]  # factors of what is fixed
+    assert seen["eta only"]["lam"] == seen["lam only"]["eta"] == [0.9, 0.9]
     both = dtrain.compress(base, tuned, Dbms(BitDelta()), objective=objective).content.metadata["fit"]
     none = loss_of(objective, tuned, base, dtrain.compress(base, tuned, Dbms(BitDelta(), lam=1.0, eta=1.0)))
     assert both["loss"] <= min(none, both["start"])
+
+
+@pytest.mark.parametrize("host", [DareX(keep=0.05), SeededSign(keep=0.05, q="search")], ids=["values", "signs"])
+def test_eta_reaches_as_far_as_the_search_of_the_host(models, host):
+    """A delta this large wants a q far above keep."""
+    base, tuned, module, batches = models
+    tuned = {name: base[name] + 5 * (value - base[name]) for name, value in tuned.items()}
+    losses = [
+        dtrain.compress(base, tuned, method, objective=HiddenChange(module, batches)).content.metadata["fit"]["loss"]
+        for method in (replace(host, masks=1), Dbms(host, split=None, lam=0.0))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize("fit", [Search("tensor"), Learn(steps=10)], ids=str)
+def test_what_is_fixed_stays_with_every_fit(models, fit):
+    base, tuned, module, batches = models
+    method = Dbms(BitDelta(), lam=0.8, eta=0.9) if isinstance(fit, Search) else Dbms(BitDelta(), eta=0.9)
+    delta = dtrain.compress(base, tuned, method, fit=fit, objective=HiddenChange(module, batches))
+    assert delta.content.metadata["fit"]["eta"] == [0.9, 0.9]
+
+
+def test_a_split_is_searched_by_an_objective(models):
+    base, tuned, *_ = models
+    method = Dbms(SeededSign(keep=0.5), split="search", lam=1.0)
+    with pytest.raises(
+        NeedsDataError, match="Dbms with ClosedForm fits scales on training inputs but got no objective"
+    ):
+        dtrain.compress(base, tuned, method, fit=ClosedForm("mse"))
 
 
 def test_the_split_of_least_loss_is_taken(models):

@@ -104,6 +104,44 @@ def test_q_of_the_bound_and_of_the_expectation_are_those_of_the_method(models):
     assert 0.3 < 0.3 * payload(dtrain.compress(base, tuned, method)).scale / expected.scale <= 1
 
 
+@pytest.mark.parametrize("q", ["keep", "search", 0.5])
+@pytest.mark.parametrize("values", ["float16", "sign"])
+def test_a_computed_q_takes_the_place_of_the_methods_own(models, q, values):
+    base, tuned = models
+    _, seen = calibration(tuned)
+    bound = payload(dtrain.compress(base, tuned, DareX(keep=0.3, q="bound", values=values), calibration=seen))
+    method = DareX(keep=0.3, q=q, values=values)
+    fitted = payload(dtrain.compress(base, tuned, method, fit=ClosedForm("bound"), calibration=seen))
+    assert fitted.scale == pytest.approx(bound.scale, rel=1e-6)
+
+
+def test_eta_of_the_bound_is_searched_by_the_objective(models):
+    base, tuned = models
+    _, seen = calibration(tuned)
+    module = nn.ModuleDict({"a": nn.Linear(COLUMNS, ROWS)})
+    batches = [torch.randn(30, COLUMNS)]
+    losses = {}
+    for eta in ("search", 0.001, 1.0, 1000.0):
+        objective = LogitChange(module, batches, lambda module, batch: module.a(batch))
+        fit = ClosedForm("bound", eta=eta)
+        delta = dtrain.compress(base, tuned, DareX(keep=0.3), fit=fit, objective=objective, calibration=seen)
+        losses[eta] = delta.content.metadata["fit"]["loss"]
+    assert losses["search"] == min(losses.values())
+    with pytest.raises(InputError, match="eta='search' compares by an objective"):
+        dtrain.compress(base, tuned, DareX(keep=0.3), fit=ClosedForm("bound", eta="search"), calibration=seen)
+
+
+@pytest.mark.parametrize("rule", ["norm", "mean", "parallel", "mse"])
+def test_every_matrix_has_a_scale_of_its_own(rule):
+    torch.manual_seed(0)
+    base = {f"{i}.weight": torch.randn(ROWS, COLUMNS) for i in range(3)}
+    tuned = {name: value + 10.0 ** (-int(name[0])) * torch.randn(value.shape) ** 3 for name, value in base.items()}
+    together = dtrain.compress(base, tuned, HOST, fit=ClosedForm(rule))
+    for name in base:
+        alone = dtrain.compress(base, base | {name: tuned[name]}, HOST, fit=ClosedForm(rule))
+        assert payload(together, name).scale == payload(alone, name).scale
+
+
 def test_of_a_shifted_base_the_residuals_scale_is_computed(models):
     base, tuned = models
     method = Dbms(BitDelta(), split=None, lam=0.7)
@@ -143,9 +181,10 @@ def test_where_nothing_follows_the_scale_stays(models):
     ("fit", "method", "error", "message"),
     [
         (ClosedForm("gram"), HOST, NeedsDataError, "ClosedForm looks at the covariance of every layer but got no cal"),
-        (ClosedForm("norm", "row"), Dbms(lam=1.0, eta=1.0), InputError, "rows of a base vector and of its residual"),
+        (ClosedForm("norm", "row"), Dbms(lam=1.0), InputError, "rows of a base vector and of its residual"),
+        (ClosedForm("norm"), Dbms(lam=1.0, eta=1.0), InputError, "is fixed by the method"),
     ],
-    ids=["no calibration", "rows of two"],
+    ids=["no calibration", "rows of two", "fixed"],
 )
 def test_what_cannot_be_computed_is_a_sentence(models, fit, method, error, message):
     with pytest.raises(error, match=message):
@@ -154,7 +193,7 @@ def test_what_cannot_be_computed_is_a_sentence(models, fit, method, error, messa
 
 def test_a_q_for_a_method_without_one_is_a_sentence(models):
     base, tuned = models
-    with pytest.raises(InputError, match="finds a q, and BitDelta has none"):
+    with pytest.raises(InputError, match="finds a q, which BitDelta does not leave open"):
         dtrain.compress(base, tuned, BitDelta(), fit=ClosedForm("bound"), calibration=calibration(tuned)[1])
 
 

@@ -176,7 +176,7 @@ def test_a_compiled_module_shows_its_hidden_state():
         module(batch)
     objective = HiddenChange(module, [batch])
     objective.remember()
-    assert objective._target[0].shape == (3, 5)
+    assert objective._target[0][0].shape == (3, 5)
 
 
 LOGITS, TARGET = torch.randn(6, 5), torch.randn(6, 5)

@@ -11,6 +11,7 @@ from dtrain import (
     ComPEFT,
     Dare,
     DareX,
+    Dbms,
     DeltaCoMe,
     DeltaDCT,
     DeltaDQ,
@@ -46,7 +47,7 @@ SEEDED = [
 SCALED = [  # what is divided by q
     ({"q": 0}, r"`q` must be in \(0, 1\], got 0"),
     ({"q": 1.01}, r"`q` must be in \(0, 1\], got 1\.01"),
-    ({"q": "best"}, "`q` must be a number in .*'search', 'norm' or 'keep', got 'best'"),
+    ({"q": "best"}, "`q` must be a number in .*'search', 'norm', 'parallel' or 'keep', got 'best'"),
     ({"scope": "row"}, "`scope` must be 'model' or 'layer', got 'row'"),
     ({"search": "sgd"}, "`search` must be 'grid' or 'golden', got 'sgd'"),
     ({"masks": 0}, "`masks` must be at least 1, got 0"),
@@ -77,6 +78,16 @@ BAD = {
         ({"block": 2.0}, "`block` must be an integer"),
     ],
     SeededSign: [*COUNTED, *SEEDED, *SCALED, *NO_BOUND],
+    Dbms: [
+        ({"host": Lossless()}, "`host` must be a lossy method"),
+        ({"host": Dbms()}, "`host` must be a lossy method"),
+        ({"host": BitDelta("row")}, "bytes of BitDelta cannot be split"),
+        ({"source": "ours"}, "`source` must be 'own' or 'shared', got 'ours'"),
+        ({"split": 1.0}, r"`split` must be in \(0, 1\), 'search' or None, got 1.0"),
+        ({"split": True}, "`split` must be a number"),
+        ({"lam": -1.0}, "`lam` must be 'fit' or a number from 0 on"),
+        ({"eta": "best"}, "`eta` must be a number"),
+    ],
     Magnitude: [*COUNTED, *VALUES, ({"rescale": "mean"}, "`rescale` must be 'none' or 'norm', got 'mean'")],
     Wanda: [*COUNTED, *VALUES],
     BitDelta: [({"scale": "block"}, "`scale` must be 'tensor' or 'row' or 'column', got 'block'")],
@@ -181,5 +192,5 @@ def test_every_method_with_arguments_is_in_the_table():
 @pytest.mark.parametrize("method", [DareX(keep=0.1), Structured(), SeededSign(q="search")], ids=repr)
 def test_a_search_needs_an_objective(method):
     base = {"w": torch.zeros(4, 4)}
-    with pytest.raises(NeedsDataError, match=f"{type(method).__name__} searches q on training inputs .*q='norm'"):
+    with pytest.raises(NeedsDataError, match=f"{type(method).__name__} with Search fits scales on .*q='norm'"):
         dtrain.compress(base, {"w": torch.ones(4, 4)}, method)

@@ -117,25 +117,6 @@ def test_a_scale_that_the_host_searches_is_eta():
     assert Dbms(Magnitude(keep=0.1), lam=1.0, eta=1.0, split="search").needs == "objective"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"host": Lossless()}, "`host` must be a lossy method"),
-        ({"host": Dbms()}, "`host` must be a lossy method"),
-        ({"host": BitDelta("row")}, "bytes of BitDelta cannot be split"),
-        ({"source": "ours"}, "`source` must be 'own' or 'shared', got 'ours'"),
-        ({"split": 1.0}, r"`split` must be in \(0, 1\), 'search' or None, got 1.0"),
-        ({"split": True}, "`split` must be a number"),
-        ({"lam": -1.0}, "`lam` must be 'fit' or a number from 0 on"),
-        ({"eta": "best"}, "`eta` must be a number"),
-    ],
-    ids=str,
-)
-def test_arguments_are_checked(arguments, message):
-    with pytest.raises(InputError, match=message):
-        Dbms(**arguments)
-
-
 def test_a_shared_base_vector_must_be_given():
     base = {"w": torch.randn(4, 4)}
     tuned = {"w": base["w"] + 1e-3 * torch.randn(4, 4)}
