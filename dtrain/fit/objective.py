@@ -261,15 +261,15 @@ class HiddenCapture:
         self.last = arguments[0] if arguments else named["input"]
 
 
-def _logits(output: object) -> Tensor:
+def _logits(output: Any) -> Tensor:
     """Return the logits among what a model returns: a tensor, something with `logits`, or the first of a tuple."""
-    found: object = output
+    found: Any = output
     if isinstance(output, Mapping):
-        found = cast("Mapping[str, object]", output).get("logits")
-    elif not isinstance(output, Tensor):
-        found = getattr(output, "logits", None)
-    if found is None and isinstance(output, (tuple, list)):
-        found = next(iter(cast("Sequence[object]", output)), None)  # pyright: ignore[reportUnknownArgumentType]
+        found = cast("Mapping[str, Any]", output).get("logits")
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, (tuple, list)):
+        found = next(iter(cast("Sequence[Any]", output)), None)
     if not isinstance(found, Tensor) or not found.ndim:
         raise InputError(
             f"the model returns {type(output).__name__}, in which no logits were found. Pass forward=, a function of "

@@ -68,11 +68,10 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], work: Callabl
     """
     # One name per place that holds a tensor: of a module that is registered twice, functional_call would put the
     # stand-in back for good.
-    slots = {
-        f"{name}.{leaf}".removeprefix("."): value
-        for name, part in module.named_modules()
-        for leaf, value in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-    }
+    slots: dict[str, Tensor] = {}
+    for prefix, part in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
+        for leaf, value in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            slots[f"{prefix}.{leaf}".removeprefix(".")] = value
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     if missing := sorted(set(tensors) - {_clean(name) for name, _ in named}):
         raise InputError(

@@ -123,7 +123,7 @@ SETTINGS = [
     Setting("Ecsq small", Ecsq(bits=0.1)),
     Setting("SeededSign", SeededSign(keep=0.25)),
     Setting("SeededSign norm", SeededSign(keep=0.6, q="norm", seed=9)),
-    Setting("SeededSign keep", SeededSign(keep=0.25, q="keep")),
+    Setting("SeededSign parallel", SeededSign(keep=0.25, q="parallel")),
     Setting("DareX parallel", DareX(keep=0.1, q="parallel"), DareX(keep=1, q="parallel")),
     Setting("Dbms", Dbms(SeededSign(keep=0.5), lam=0.7, eta=1.0)),
     Setting("Dbms values", Dbms(Dare(keep=0.5), lam=0.5, eta=1.0), Dbms(Dare(keep=1), "own", None, 0.5, 1.0), 2 * HALF),

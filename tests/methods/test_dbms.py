@@ -13,8 +13,6 @@ from dtrain import (
     Dbms,
     DeltaDQ,
     Ecsq,
-    InputError,
-    Lossless,
     Magnitude,
     NeedsDataError,
     SeededSign,
