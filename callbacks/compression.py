@@ -40,16 +40,16 @@ from dtrain.callbacks.watch import DeltaWatch, When, check_when
 from dtrain.compression import compress
 from dtrain.delta import Delta
 from dtrain.errors import InputError
-from dtrain.fit import Fit, Learn, fit_of
-from dtrain.methods import DareX, Method
+from dtrain.fit import Fit, Learn, Search, fit_of
+from dtrain.methods import Method, SeededSign
 from dtrain.rules import EMBEDDINGS, HEADS, FreshCode, Rules, VectorCode
 from dtrain.weights import Weights, read_weights
 
 __all__ = ["DeltaCompressionCallback", "Outcome"]
 
 #: What the callback does without arguments, and why is said in the docstring.
-DEFAULT_METHOD: Method = DareX()
-DEFAULT_FIT: Fit | None = None
+DEFAULT_METHOD: Method = SeededSign(keep=1 / 8)
+DEFAULT_FIT: Fit = Search()
 
 
 class DeltaCompressionCallback(pl.Callback):
@@ -88,7 +88,10 @@ class DeltaCompressionCallback(pl.Callback):
         processes take what they know with them.
 
     Args:
-        method: How to compress; None is `DareX(keep=0.1)`.
+        method: How to compress. None is `SeededSign(keep=1/8)` with the fit `Search()`: signs on a seeded mask hold
+            more at equal bytes than half-precision values, and one scale for all matrices, found in 18 evaluations,
+            does about as much as one learnt per tensor. At 0.16 bit a weight that scored 0.846 on SST-2 (fine-tuned
+            0.846, DAREx-q 0.828) and 0.619 on CIFAR-10 (0.645, 0.543); one fine-tune each, see `bench.scales`.
         fit: How scales are found after encoding, such as `Learn()`; None for the method's own way, which is none for
             most and a search for `DareX` and `Dbms`. The loss goes to the loggers while it falls, as `dtrain/fit_loss`.
         path: Where the file goes; None is `delta.safetensors` in the log folder of the run.

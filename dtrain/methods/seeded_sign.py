@@ -16,9 +16,9 @@ class SeededSign(Rescaled):
     `D_hat = (a / q) * M * sign(D)` with the mean magnitude a of the kept weights and a stratified seeded mask: the mask
     of DeltaDQ, the values of BitDelta, the free scale of DAREx-q. Positions cost nothing, a value costs one bit.
 
-    Which scale is right without looking at inputs hangs on the delta. q="keep" gives all weights the mean magnitude, too
-    little for large ones, which move the output most; q="parallel", <D, D> / <D, D_hat>, makes up for that, and adds
-    noise: it is far better on MiniLM, and worse on a small ViT with a delta ten times as large. `fit=Search()` or
+    Which scale is right without looking at inputs hangs on the delta. q="keep" gives all weights the mean magnitude,
+    too little for large ones, which move the output most; q="parallel", <D, D> / <D, D_hat>, makes up for that and
+    adds noise: it is far better on MiniLM, and worse on a small ViT with a delta ten times as large. `fit=Search()` or
     `fit=Learn()` finds the scale from inputs.
 
     * **Source**: ours; the parts are from arXiv 2410.08666, 2402.10193 and 2410.09344.

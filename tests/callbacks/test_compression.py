@@ -39,7 +39,7 @@ class TestZeroArguments:
         module, callback = Classifier(), DeltaCompressionCallback()
         trainer = fit(module, tmp_path, callback)
         outcome = callback.outcome
-        assert callback.method == dtrain.DareX()
+        assert (callback.method, callback.fit) == (dtrain.SeededSign(keep=1 / 8), dtrain.Search())
         assert outcome.path == tmp_path / "delta.safetensors"
         assert outcome.path.stat().st_size == outcome.report.file_bytes
         assert set(outcome.scores) == {"base", "finetuned", "compressed"}
