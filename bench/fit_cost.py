@@ -3,7 +3,7 @@
     python -m bench.fit_cost --shared ../shared
     python -m bench.fit_cost --table --markdown                      # only show what has been measured
 
-`Learn()` with its defaults for `SeededSign` on MiniLM fine-tuned on SST-2 (22.7M parameters), on 256 training sentences
+`Learn()` with its defaults for `SeededSign` on MiniLM fine-tuned on SST-2 (22.7M parameters), on 128 training sentences
 in batches of 32, against one forward-backward of the whole model on each of the same batches. Every figure is from a
 process of its own, and each is taken three times.
 

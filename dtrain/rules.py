@@ -26,7 +26,8 @@ HEADS = tuple(
 ) + ("fc.*",)
 
 #: Names of the token embeddings of encoders (BERT and its kin), half of a small one's elements. Those of decoders
-#: (`embed_tokens`, `wte`, `shared`) are not in this list: they are often the output layer as well.
+#: (`embed_tokens`, `wte`, `shared`) are not in this list: they are often the output layer as well. Those of a masked
+#: language model with a tied head are that too, which a file does not show: give `embeddings=()` for one.
 EMBEDDINGS = ("word_embeddings.weight", "*.word_embeddings.weight")
 
 

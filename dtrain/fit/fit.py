@@ -16,7 +16,7 @@ class Found(NamedTuple):
     Args:
         factors: Logarithms of what the scales are to be multiplied with.
         start: The objective before; None where there is no objective.
-        loss: The objective after, never more than before.
+        loss: The objective after. Where it is more than before, `fit_scales` keeps the start.
         notes: What else is worth knowing, JSON-serialisable.
     """
 

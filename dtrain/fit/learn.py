@@ -25,8 +25,8 @@ class Learn(Fit):
     The first batches of the objective are learnt from, one a step and in turn; on the last ones the loss is looked at
     every few steps. Learning begins at the best of seven scales that are the same for all tensors. The best scales seen
     on the last batches are kept, and if the objective as a whole is not better with them than at the start, the start
-    is kept. Only scales have optimizer state, and no tensor's gradient outlives its own reduction, so it takes less
-    memory than a training step.
+    is kept. Only scales have optimizer state, and no tensor's gradient outlives its own reduction: beside the module
+    there are the base and the decoded values, which are few with a mask and as many as the weights without.
 
     The published fits of this kind are BitDelta's distillation (arXiv 2402.10193, section 3.1) and DAREx's per-layer
     gradient (arXiv 2410.09344, code only). Logarithms, so that a step is a share of the scale, and early stopping that

@@ -31,7 +31,7 @@ class Search(Fit):
     For a method with a q, 1/q goes from 1 to 1/keep, as in DAREx (arXiv 2410.09344, section 4), and for signs up to
     four times that; for others the scale goes from a quarter of the method's own to four times. Of two scales, as in
     `Dbms`, the shift is tried on a grid and the other found by golden section at each of its points. Works with any
-    objective, a task metric among them; of points that are equally good the middle one is taken.
+    objective, a task metric among them; of scales that are equally good the middle one is taken (of pairs the first).
 
     Args:
         per: One scale for the "model"; or one for every "tensor", moved one after the other from the model's.
