@@ -8,7 +8,7 @@ One JSON cell per (task, ratio, seed, fit); it picks up where it stopped.
 * The keep rate is the greatest whose file has at most the bytes of the fine-tuned checkpoint over the ratio: payloads,
   scales, names, digests and metadata together. Where even the least file is larger, the cell says so.
 * "none" has the scale 1/keep. "parallel" computes one per tensor from the delta, and "learned" learns one per tensor,
-  on the hidden states of 128 unlabelled training inputs, none of which was trained on.
+  on the hidden states, or the logits, of 128 unlabelled training inputs, none of which was trained on.
 * The validation split is only scored. The share of the gain is of sums over the seeds, with its standard error.
 
 A second table shows where the bytes of the files with learned scales are; `bench.small_files` compares the codes of
@@ -53,6 +53,7 @@ FITS: dict[str, tuple[str, dtrain.Fit | None]] = {  # by label: the objective an
     "none": ("hidden", None),
     "parallel": ("hidden", dtrain.ClosedForm("parallel")),
     "learned": ("hidden", dtrain.Learn(steps=50)),
+    "learned, logits": ("logits", dtrain.Learn(steps=50)),
 }
 KEEP = 1 / 32  # where it does not matter
 SHOWN = "learned"  # in the second table

@@ -74,7 +74,7 @@ class TestCommandLine:
 
     def test_no_argument(self):
         callback = self.callback(self.cli(self.NAME).trainer)
-        assert callback.method == dtrain.DareX()
+        assert (callback.method, callback.fit) == (dtrain.SeededSign(keep=1 / 8), dtrain.Search())
 
     def test_every_argument(self):
         callback = self.callback(self.cli(self.NAME, *self.EVERYTHING).trainer)
