@@ -263,7 +263,7 @@ class HiddenCapture:
 
 def _logits(output: Any) -> Tensor:
     """Return the logits among what a model returns: a tensor, something with `logits`, or the first of a tuple."""
-    found: Any = output
+    found, kind = output, type(output).__name__
     if isinstance(output, Mapping):
         found = cast("Mapping[str, Any]", output).get("logits")
     elif hasattr(output, "logits"):
@@ -272,8 +272,8 @@ def _logits(output: Any) -> Tensor:
         found = next(iter(cast("Sequence[Any]", output)), None)
     if not isinstance(found, Tensor) or not found.ndim:
         raise InputError(
-            f"the model returns {type(output).__name__}, in which no logits were found. Pass forward=, a function of "
-            "the model and the batch that returns them."
+            f"the model returns {kind}, in which no logits were found. Pass forward=, a function of the model and the "
+            "batch that returns them."
         )
     return found
 
