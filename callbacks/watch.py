@@ -169,18 +169,22 @@ class _Unfitted(Method):
     @property
     @override
     def nominal_bits(self) -> float:
+        """The host's."""
         return self.host.nominal_bits
 
     @override
     def plan(self, deltas: Deltas) -> Encoder:
+        """Let the host look at all deltas."""
         return self.host.plan(deltas)
 
     @override
     def encode(self, name: str, delta: Tensor, inputs: Inputs | None = None) -> tuple[Payload, ...]:
+        """Return the host's payloads."""
         return self.host.encode(name, delta, inputs)
 
     @override
     def describe(self) -> dict[str, Any]:
+        """Return the host's name and parameters."""
         return self.host.describe()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -62,26 +62,21 @@ def compress(
 
     Raises:
         InputError: If the models cannot be paired, do not differ, or hold NaN or inf (bitwise methods keep those).
-        NeedsDataError: If the method or the fit needs an objective, a calibration or a base vector and there is none.
+        NeedsDataError: If the method or the fit needs an objective, a calibration or a base vector.
     """
     if not isinstance(method, Method):  # pyright: ignore[reportUnnecessaryIsInstance] - the likeliest slip of all
         raise InputError(f"`method` must be a method such as dtrain.Dare(keep=0.1), got {method!r}.")
     _check_json(training)
     fit = fit_of(method, fit)
     _check_data(method, fit, objective, calibration)
+    if shared is not None and not (isinstance(method, Dbms) and method.source == "shared"):
+        raise InputError(f"`shared` is for Dbms(source='shared'), and the method is {method!r}. Leave it out.")
     rules = _fitting(rules or Rules(), method, base)
     tuned = read_weights(finetuned)
     changes = pair(_zeros_for(tuned) if base is None else read_weights(base), tuned, rules)
     if method.bitwise:
         changes = [replace(c, role="bits") if c.role in ("method", "vector", "half") else c for c in changes]
-    metadata: dict[str, Any] = {"rules": _changed_rules(rules), **tuned.notes}
-    inputs: dict[str, Inputs] = {}
-    if calibration is not None and (method.needs_calibration or (fit is not None and fit.needs_calibration)):
-        gram = fit is not None and fit.needs_covariance
-        method, inputs = calibrate(method, changes, calibration, gram=gram)
-        metadata["uncalibrated"] = [c.name for c in changes if c.role == "method" and c.name not in inputs]
-    if shared is not None and not (isinstance(method, Dbms) and method.source == "shared"):
-        raise InputError(f"`shared` is for Dbms(source='shared'), and the method is {method!r}. Leave it out.")
+    method, inputs, unseen = _inputs(method, fit, changes, calibration)
     family = load(shared) if isinstance(shared, (str, Path)) else shared
     hashes = digests({change.name: change.base for change in changes if change.base is not None})
     others = {c.name: _encode(c, method, rules) for c in changes if c.role != "method"}
@@ -89,17 +84,40 @@ def compress(
     task = Task(changes, records, inputs, family, fit, objective, watch)
     method, payloads, summary = encode_matrices(task, method)
     records |= {name: replace(records[name], payloads=payloads[name]) for name in payloads}
-    metadata["method"] = method.describe()
-    if any(change.role == "method" for change in changes):
-        metadata["nominal_bits"] = method.nominal_bits
-    if summary:
-        metadata["fit"] = summary
-    if training:
-        metadata["training"] = dict(training)
-    used = any(item.pipeline == SHARED for items in payloads.values() for item in items)
-    name = file_digest(family.content) if family is not None and used else b""
-    content = Content(tuple(records.values()), _fingerprint(changes, hashes), metadata, name)
-    return Delta(content, shared=family.content if family is not None and used else None)
+    metadata = {**tuned.notes, **unseen, **_provenance(method, rules, changes, summary, training)}
+    used = family.content if family is not None and _refers(records.values()) else None
+    digest = b"" if used is None else file_digest(used)
+    return Delta(Content(tuple(records.values()), _fingerprint(changes, hashes), metadata, digest), shared=used)
+
+
+def _provenance(
+    method: Method, rules: Rules, changes: Sequence[Change], fit: Mapping[str, Any], training: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return what the file says of its method, of the rules, of the fit, and of the training."""
+    bits = {"nominal_bits": method.nominal_bits} if any(change.role == "method" for change in changes) else {}
+    told = {"fit": dict(fit), "training": dict(training or {})}
+    return {
+        "method": method.describe(),
+        "rules": _changed_rules(rules),
+        **bits,
+        **{key: value for key, value in told.items() if value},
+    }
+
+
+def _refers(records: Iterable[Record]) -> bool:
+    """Return whether a payload refers to a shared file."""
+    return any(item.pipeline == SHARED for record in records for item in record.payloads)
+
+
+def _inputs(
+    method: Method, fit: Fit | None, changes: Sequence[Change], calibration: Calibration | None
+) -> tuple[Method, dict[str, Inputs], dict[str, Any]]:
+    """Return the method, settled by what was measured, the inputs by tensor name, and which tensors had none."""
+    if calibration is None or not (method.needs_calibration or (fit is not None and fit.needs_calibration)):
+        return method, {}, {}
+    gram = fit is not None and fit.needs_covariance
+    method, inputs = calibrate(method, changes, calibration, gram=gram)
+    return method, inputs, {"uncalibrated": [c.name for c in changes if c.role == "method" and c.name not in inputs]}
 
 
 def _fitting(rules: Rules, method: Method, base: Source | None) -> Rules:
