@@ -90,8 +90,8 @@ class DeltaCompressionCallback(pl.Callback):
     Args:
         method: How to compress. None is `SeededSign(keep=1/8)` with the fit `Search()`: signs on a seeded mask hold
             more at equal bytes than half-precision values, and one scale for all matrices, found in 18 evaluations,
-            does about as much as one learnt per tensor. At 0.16 bit a weight that scored 0.846 on SST-2 (fine-tuned
-            0.846, DAREx-q 0.828) and 0.619 on CIFAR-10 (0.645, 0.543); one fine-tune each, see `bench.scales`.
+            does most of what one learnt per tensor does. At 0.16 bit a weight that scored 0.841 on SST-2 (fine-tuned
+            0.843, DAREx-q 0.840) and 0.614 on CIFAR-10 (0.645, 0.553), three fine-tunes each: see `bench.scales`.
         fit: How scales are found after encoding, such as `Learn()`; None for the method's own way, which is none for
             most and a search for `DareX` and `Dbms`. The loss goes to the loggers while it falls, as `dtrain/fit_loss`.
         path: Where the file goes; None is `delta.safetensors` in the log folder of the run.
