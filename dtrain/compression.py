@@ -189,7 +189,7 @@ def _check_data(method: Method, fit: Fit | None, objective: Objective | None, ca
         raise InputError(f"{name} has no scales that could be fitted. Leave `fit` out, or use a lossy method.")
     if not isinstance(calibration, Calibration | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"`calibration` must be dtrain.Calibration(model, batches), got {type(calibration).__name__}.")
-    searched = isinstance(method, Dbms) and method.split == "search" and method.source == "own"
+    searched = isinstance(method, Dbms) and method.searches_split
     if fit is not None and (fit.needs == "objective" or searched) and objective is None:
         fixed = "numbers for lam and eta need" if isinstance(method, Dbms) else "no fit needs"
         if hasattr(method, "q"):

@@ -52,7 +52,7 @@ Encoded = tuple[Method, dict[str, tuple[Payload, ...]], dict[str, Any]]
 
 def encode_matrices(task: Task, method: Method) -> Encoded:
     """Encode with the method, or, where it leaves its byte split open, with the split of the least loss."""
-    if not (isinstance(method, Dbms) and method.split == "search" and method.source == "own"):
+    if not (isinstance(method, Dbms) and method.searches_split):
         return _by_method(task, method)
     tried = [_by_method(task, replace(method, split=split)) for split in SPLITS]
     return min(tried, key=lambda found: found[2].get("loss", math.inf))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
 from dtrain.fit.problem import Factors, Problem
-from dtrain.methods.method import Needs
+from dtrain.methods.method import Needing, Needs
 
 
 class Found(NamedTuple):
@@ -26,7 +26,7 @@ class Found(NamedTuple):
     notes: dict[str, Any]
 
 
-class Fit(ABC):
+class Fit(Needing):
     """A way to find scales. Subclasses are frozen dataclasses; `dtrain.compress(..., fit=...)` takes one.
 
     No fit makes the objective worse than it was at the start: where it would, the start is kept, and the delta's
@@ -37,16 +37,6 @@ class Fit(ABC):
     def needs(self) -> Needs:
         """What `compress` has to be given: an "objective", or for some closed forms "inputs" or "covariance"."""
         return "objective"
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether `compress` has to be given a calibration."""
-        return self.needs in ("inputs", "covariance")
-
-    @property
-    def needs_covariance(self) -> bool:
-        """Whether the calibration has to measure covariances."""
-        return self.needs == "covariance"
 
     @property
     def draws(self) -> int:

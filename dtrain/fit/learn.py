@@ -80,7 +80,7 @@ class Learn(Fit):
         learnt, held = self._split(problem)
         start = problem.start()
         first = problem.evaluate(start)
-        with progress(f"learning scales ({_label(problem)})", self.steps) as advance:
+        with progress(f"learning scales ({problem.label})", self.steps) as advance:
             x, begun = _begin(problem, held)
             x, steps, least = self._descend(problem, _spread(x, problem, self.per), begun, learnt, held, advance)
         last = problem.evaluate_stored(x) if self.per == "row" else problem.evaluate(x)
@@ -134,11 +134,10 @@ def _begin(problem: Problem, held: range) -> tuple[Factors, float]:
     """Return the best of a few scales that are the same for all matrices, and its held-out loss."""
     low, start, high = problem.range
     places = [start, *(low + (high - low) * i / (_BEGIN - 1) for i in range(_BEGIN))] if problem.free[-1] else [0.0]
-    seen = {
-        place: problem.evaluate_on(problem.constant(*[0.0] * (problem.groups - 1), place), held) for place in places
-    }
-    best = min(seen, key=lambda place: seen[place])
-    return problem.constant(*[0.0] * (problem.groups - 1), best), seen[best]
+    seen = {place: problem.constant(*[0.0] * (problem.groups - 1), place) for place in places}
+    losses = {place: problem.evaluate_on(x, held) for place, x in seen.items()}  # the start may be one of the seven
+    best = min(losses, key=lambda place: losses[place])
+    return seen[best], losses[best]
 
 
 def _spread(x: Factors, problem: Problem, per: str) -> Factors:
@@ -152,7 +151,3 @@ def _spread(x: Factors, problem: Problem, per: str) -> Factors:
 def _moved(x: Factors, moves: list[Tensor], names: list[str]) -> Factors:
     every = moves * len(names) if len(moves) == 1 else moves
     return x | {name: x[name] + move for name, move in zip(names, every, strict=True)}
-
-
-def _label(problem: Problem) -> str:
-    return "" if problem.objective is None else problem.objective.label

@@ -127,6 +127,11 @@ class Problem:
         """Where the last scale of every tensor is searched."""
         return _range(self.method)
 
+    @property
+    def label(self) -> str:
+        """What scales are fitted to, for people; empty where there is no objective."""
+        return "" if self.objective is None else self.objective.label
+
     def start(self) -> Factors:
         """Return the factors that a fit starts from."""
         return self.constant(*[0.0] * (self.groups - 1), self.range.start)

@@ -60,8 +60,7 @@ class Search(Fit):
 
     def run(self, problem: Problem) -> Found:
         """Evaluate, compare, keep the best."""
-        label = "" if problem.objective is None else problem.objective.label
-        with progress(f"searching scales ({label})") as advance:
+        with progress(f"searching scales ({problem.label})") as advance:
 
             def evaluate(x: Factors) -> float:
                 loss = problem.evaluate(x)

@@ -92,10 +92,14 @@ class Dbms(Method):
         return self.lam == "fit", self.eta == "fit"
 
     @property
+    def searches_split(self) -> bool:
+        """Whether the byte split is left to an objective."""
+        return self.source == "own" and self.split == "search"
+
+    @property
     def needs(self) -> Needs:
         """An objective where a scalar is learnt or the split searched; else what the host needs."""
-        fitted = any(self.free) or (self.source == "own" and self.split == "search")
-        return "objective" if fitted else _with_fixed_scale(self.host).needs
+        return "objective" if any(self.free) or self.searches_split else _with_fixed_scale(self.host).needs
 
     @property
     def needs_calibration(self) -> bool:

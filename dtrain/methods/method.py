@@ -23,7 +23,26 @@ Encoder = Callable[[str, Tensor, Inputs | None], tuple[Payload, ...]]
 Groups = tuple[tuple[Payload, ...], ...]
 
 
-class Method(ABC):
+class Needing(ABC):
+    """What can ask `compress` for data: a method, or a fit of its scales."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What `compress` has to be given."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `compress` has to be given a calibration."""
+        return self.needs in ("inputs", "covariance")
+
+    @property
+    def needs_covariance(self) -> bool:
+        """Whether the calibration has to measure covariances."""
+        return self.needs == "covariance"
+
+
+class Method(Needing):
     """A way to compress a delta. Subclasses are frozen dataclasses whose docstring is their method card."""
 
     #: Where the method comes from.
@@ -60,16 +79,6 @@ class Method(ABC):
     def free(self) -> tuple[bool, ...]:
         """Which of the scales that a tensor's groups of payloads have a fit may change: the one that there is."""
         return (True,)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether `compress` has to be given a calibration."""
-        return self.needs in ("inputs", "covariance")
-
-    @property
-    def needs_covariance(self) -> bool:
-        """Whether the calibration has to measure covariances."""
-        return self.needs == "covariance"
 
     @property
     @abstractmethod
