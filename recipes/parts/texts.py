@@ -1,0 +1,93 @@
+"""Data sets of texts: GLUE on the Hub, a folder of Parquet files in its schema, or what is made of English here."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtrain.errors import InputError
+from parts.corpus import next_sentence, word_order
+from parts.glue import TASKS, GlueTask, Texts
+
+OFFLINE = {"word_order": word_order, "next_sentence": next_sentence}
+ENGLISH = "english"
+
+
+def read_texts(dataset: str, task: GlueTask, revision: str = "main") -> dict[str, Texts]:
+    """Return the split "train" and the validation splits of a task.
+
+    Args:
+        dataset: `english` (made here of the standard library's documentation), a folder of Parquet files in the Hub's
+            schema, with a folder per task or without, or a Hub data set such as `nyu-mll/glue`.
+        task: What to read of it.
+        revision: Commit, branch or tag of a Hub data set.
+
+    Raises:
+        InputError: If the data set is not to be had, or its splits, columns or labels are not those of the task.
+    """
+    if dataset == ENGLISH:
+        if task.name not in OFFLINE:
+            raise InputError(f"--data.dataset {ENGLISH} has the tasks {', '.join(OFFLINE)}, not {task.name!r}.")
+        return OFFLINE[task.name]()
+    splits = read_folder(Path(dataset), task) if Path(dataset).exists() else read_hub(dataset, task, revision)
+    wanted = ("train", *task.validation)
+    if missing := [name for name in wanted if name not in splits]:
+        raise InputError(f"{dataset!r} has the splits {sorted(splits)}, not {missing}, which {task.name!r} needs.")
+    return {name: to_texts(splits[name], task, f"{dataset!r}, split {name!r}") for name in wanted}
+
+
+def read_folder(folder: Path, task: GlueTask) -> dict[str, Any]:
+    """Return the splits of a local folder: Parquet files named as the split, or as the Hub's `split-00000-of-00001`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    places = [folder / task.name, folder / "data", folder]
+    place = next((place for place in places if any(place.glob("*.parquet"))), None)
+    if place is None:
+        raise InputError(f"{str(folder)!r} holds no Parquet files; looked in {', '.join(map(str, places))}.")
+    files: dict[str, list[Path]] = {}
+    for path in sorted(place.glob("*.parquet")):
+        files.setdefault(path.stem.split("-")[0], []).append(path)
+    try:
+        return {split: pa.concat_tables([pq.read_table(path) for path in paths]) for split, paths in files.items()}
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{str(place)!r} cannot be read ({str(error).splitlines()[0]}).") from error
+
+
+def read_hub(dataset: str, task: GlueTask, revision: str) -> dict[str, Any]:
+    """Download the splits of a Hub data set, of its configuration called as the task if it has one."""
+    from datasets import get_dataset_config_names, load_dataset
+
+    try:
+        names = get_dataset_config_names(dataset, revision=revision)
+        splits = load_dataset(dataset, task.name if task.name in names else None, revision=revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"data set {dataset!r} at revision {revision!r} cannot be loaded, neither as a local folder nor from the "
+            f"Hub ({str(error).splitlines()[0]}). Give a folder of Parquet files with --data.dataset, or run without "
+            "network: --preset offline."
+        ) from error
+    return {name: split.with_format("arrow")[:] for name, split in splits.items()}
+
+
+def to_texts(table: Any, task: GlueTask, where: str) -> Texts:
+    """Return the rows of an Arrow table, with their labels checked against the task."""
+    found = table.column_names
+    if missing := [name for name in (*task.columns, "label") if name not in found]:
+        fits = [other.name for other in TASKS.values() if set(other.columns) <= set(found) and "label" in found]
+        hint = f" They fit {', '.join(fits)}: see --data.task." if fits else ""
+        raise InputError(f"{where}: the columns are {found}, without {missing}, which {task.name!r} needs.{hint}")
+    rows = list(zip(*(table[name].to_pylist() for name in task.columns), strict=True))
+    return Texts(rows, to_labels(table["label"].to_pylist(), task, where))
+
+
+def to_labels(values: list[Any], task: GlueTask, where: str) -> torch.Tensor:
+    """Return class ids or, for a regression, numbers."""
+    if not task.labels:
+        if wrong := {value for value in values if not isinstance(value, int | float)}:
+            raise InputError(f"{where}: {task.name!r} needs numbers as labels, found {sorted(map(repr, wrong))[:5]}.")
+        return torch.tensor(values, dtype=torch.float32)
+    if wrong := set(values) - set(range(len(task.labels))):
+        known = ", ".join(f"{index} ({name})" for index, name in enumerate(task.labels))
+        raise InputError(f"{where}: the labels of {task.name!r} are {known}; found {sorted(map(repr, wrong))[:5]}.")
+    return torch.tensor([int(value) for value in values])
