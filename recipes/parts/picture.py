@@ -1,4 +1,4 @@
-"""Accuracy against bytes: the picture a recipe ends with."""
+"""Score against bytes: the picture a recipe ends with."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -7,23 +7,24 @@ import matplotlib.pyplot as plt
 from rich.table import Table
 
 
-def accuracy_against_bytes(
-    points: Mapping[str, Sequence[tuple[int, float]]], lines: Mapping[str, float], path: Path, title: str
+def score_against_bytes(
+    points: Mapping[str, Sequence[tuple[int, float]]], lines: Mapping[str, float], path: Path, title: str, metric: str
 ) -> None:
     """Draw and save a plot.
 
     Args:
-        points: (bytes on disk, accuracy) per method.
-        lines: Accuracies to compare with, by name: base, linear probe, fine-tuned.
+        points: (bytes on disk, score) per method.
+        lines: Scores to compare with, by name: base, linear probe, fine-tuned.
         path: Where the PNG goes.
         title: What was measured.
+        metric: Name of the score.
     """
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for style, (name, accuracy) in zip(("-", "--", ":"), lines.items(), strict=False):
-        axes.axhline(accuracy, color="0.45", linestyle=style, linewidth=1.2)
+    for style, (name, score) in zip(("-", "--", ":"), lines.items(), strict=False):
+        axes.axhline(score, color="0.45", linestyle=style, linewidth=1.2)
         axes.annotate(
-            f"{name} {accuracy:.3f}",
-            (0.995, accuracy),
+            f"{name} {score:.3f}",
+            (0.995, score),
             xycoords=("axes fraction", "data"),
             ha="right",
             va="bottom",
@@ -31,7 +32,7 @@ def accuracy_against_bytes(
         )
     for marker, (name, series) in zip("osD^v", points.items(), strict=False):
         axes.plot(*zip(*sorted(series), strict=True), marker=marker, label=name)
-    axes.set(xscale="log", xlabel="bytes of the delta file", ylabel="validation accuracy", title=title)
+    axes.set(xscale="log", xlabel="bytes of the delta file", ylabel=f"{metric} on validation", title=title)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.08), fontsize=8)
     axes.grid(alpha=0.25, which="both")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,15 +40,15 @@ def accuracy_against_bytes(
     plt.close(figure)
 
 
-def accuracy_table(
+def score_table(
     rows: Mapping[float, Sequence[tuple[int, float]]], methods: Iterable[str], lines: Mapping[str, float], title: str
 ) -> Table:
     """Return the points of the picture as a table.
 
     Args:
-        rows: For every keep rate the (bytes on disk, accuracy) of every method.
+        rows: For every keep rate the (bytes on disk, score) of every method.
         methods: Their names.
-        lines: Accuracies to compare with, by name.
+        lines: Scores to compare with, by name.
         title: What was measured.
     """
     table = Table(title=title, title_justify="left", caption_justify="left")
@@ -56,6 +57,6 @@ def accuracy_table(
         table.add_column(name, justify="right")
         table.add_column("bytes", justify="right")
     for keep, points in rows.items():
-        table.add_row(f"{keep}", *(text for size, accuracy in points for text in (f"{accuracy:.4f}", f"{size:,}")))
+        table.add_row(f"{keep}", *(text for size, score in points for text in (f"{score:.4f}", f"{size:,}")))
     table.caption = ", ".join(f"{name} {value:.4f}" for name, value in lines.items())
     return table

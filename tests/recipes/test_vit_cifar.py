@@ -75,7 +75,7 @@ def test_the_file_gives_the_same_accuracy_in_a_new_process(recipe, folders, tmp_
     printed = recipe()
     compressed = float(re.search(r"val_acc[^\n]*│\s*([\d.]+)\s*│[^│\n]*│\s*$", printed, re.MULTILINE)[1])
     delta = tmp_path / "runs/vit_cifar/delta.safetensors"
-    assert (tmp_path / "runs/vit_cifar/accuracy_against_bytes.png").stat().st_size > 10_000
+    assert (tmp_path / "runs/vit_cifar/score_against_bytes.png").stat().st_size > 10_000
     assert f"{delta.stat().st_size:,}" in printed
     merge = [
         sys.executable,

@@ -1,0 +1,155 @@
+"""The command line that every recipe has: LightningCLI, two presets, a method, a fit and the callbacks of dtrain."""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from torch import nn
+
+import dtrain
+from dtrain.callbacks import AdamRCallback, DeltaCompressionCallback
+from parts.presets import choose_preset
+
+Presets = Mapping[str, Mapping[str, Any]]
+
+
+class LogConfig(SaveConfigCallback):
+    """Keeps the whole configuration beside the run, and gives it to the loggers by the names of the command line."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        flat = {name: plain(value) for name, value in vars(self.config.as_flat()).items() if name != "config"}
+        for logger in trainer.loggers:
+            logger.log_hyperparams(flat)
+
+
+def plain(value: Any) -> Any:
+    """Return what every logger can show."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI with the values of a preset as defaults, and the two callbacks of dtrain as flags.
+
+    Args:
+        model: Keeps the network as `self.model`: its names are those of the delta file.
+        data: May have a property `num_classes`, which the model's argument of that name follows.
+        presets: Values by dotted name, for "hub" and "offline".
+        monitor: Metric of the validation that decides which checkpoint is best; more of it is better.
+        links: Further properties of the data that arguments of the model follow.
+    """
+
+    def __init__(
+        self,
+        model: type[L.LightningModule],
+        data: type[L.LightningDataModule],
+        presets: Presets,
+        monitor: str,
+        links: Mapping[str, str],
+    ) -> None:
+        self.name = Path(sys.argv[0]).stem
+        self.preset, why = choose_preset(sys.argv[1:])
+        sys.stderr.write(f"preset: {self.preset} ({why})\n")  # standard output stays clean for --print_config
+        self.monitor, self.values = monitor, presets[self.preset]
+        follows = hasattr(data, "num_classes") and "num_classes" in inspect.signature(model).parameters
+        self.links = {**({"data.num_classes": "model.num_classes"} if follows else {}), **links}
+        super().__init__(
+            model,
+            data,
+            save_config_callback=LogConfig,
+            save_config_kwargs={"overwrite": True},  # a run that is resumed, or an agent of a sweep, comes again
+            seed_everything_default=0,
+            run=False,
+        )
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        folder = f"runs/{self.name}"
+        method = {"class_path": "dtrain.DareX", "init_args": {"keep": 0.01}}
+        parser.add_argument(
+            "--preset", type=str, default=self.preset, help="auto (what is there decides), hub or offline"
+        )
+        parser.add_argument("--method", type=dtrain.Method, default=method)
+        parser.add_argument("--fit", type=dtrain.Fit | None, default=None, help="how scales are found after encoding")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
+        parser.add_argument("--evaluate", type=str | None, default=None, help="score these weights and stop")
+        parser.add_lightning_class_args(AdamRCallback, "adamr")
+        parser.add_lightning_class_args(DeltaCompressionCallback, "compress")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.link_arguments("method", "compress.method", apply_on="instantiate")
+        parser.link_arguments("fit", "compress.fit", apply_on="instantiate")
+        for source, target in self.links.items():
+            parser.link_arguments(source, target, apply_on="instantiate")
+        parser.set_defaults(
+            {
+                "seed_everything": 0,
+                "adamr.strength": 1e-3,
+                "compress.path": f"{folder}/delta.safetensors",
+                "compress.monitor": self.monitor,
+                "compress.module": "model",
+                "checkpoint.monitor": self.monitor,
+                "checkpoint.mode": "max",
+                "checkpoint.save_last": True,
+                "checkpoint.dirpath": f"{folder}/checkpoints",
+                "trainer.default_root_dir": folder,
+                "trainer.log_every_n_steps": 5,
+                "trainer.max_epochs": 1000,  # the steps decide
+                **self.values,
+            }
+        )
+
+    def train(self) -> DeltaCompressionCallback | None:
+        """Fine-tune, or resume, and compress; with `--evaluate` only score weights.
+
+        Returns:
+            The callback with its `outcome`, on the process that wrote the file; None if nothing was written.
+        """
+        if self.config.evaluate is not None:
+            load(self.model.model, self.config.evaluate)
+            self.trainer.validate(self.model, self.datamodule)
+            return None
+        self.trainer.fit(self.model, self.datamodule, ckpt_path=self.config.ckpt_path)
+        callback = next(c for c in self.trainer.callbacks if isinstance(c, DeltaCompressionCallback))
+        return callback if self.trainer.is_global_zero and callback.outcome is not None else None
+
+
+def open_recipe(
+    model: type[L.LightningModule],
+    data: type[L.LightningDataModule],
+    presets: Presets,
+    *,
+    monitor: str,
+    links: Mapping[str, str] | None = None,
+) -> RecipeCLI:
+    """Read the command line and make model, data and trainer; see `RecipeCLI` for the arguments."""
+    return RecipeCLI(model, data, presets, monitor, links or {})
+
+
+@torch.no_grad()
+def load(module: nn.Module, path: str) -> None:
+    """Copy the weights of a file into `module`: all of them, and no others.
+
+    Raises:
+        InputError: If a tensor is missing, of another shape, or not the module's.
+    """
+    own, given = dtrain.read_weights(module), dtrain.read_weights(path)
+    for name, tensor in own.tensors.items():
+        found = given.get(name)
+        if found is None or found.shape != tensor.shape:
+            what = "no such tensor" if found is None else f"the shape {list(found.shape)}"
+            raise dtrain.InputError(f"{path}: the model has {name} of {list(tensor.shape)}, the file has {what}.")
+        tensor.copy_(found)
+    if extra := [name for name in given.tensors if own.get(name) is None]:
+        raise dtrain.InputError(f"{path}: the model has no tensor {extra[0]!r}.")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe; what was wrong with its input is one sentence on standard error."""
+    try:
+        main()
+    except dtrain.DtrainError as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")

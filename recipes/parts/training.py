@@ -1,0 +1,24 @@
+"""What the recipes' fine-tunings have in common: one optimizer, and steps that a resumed run repeats."""
+
+import os
+from typing import Any
+
+import lightning as L
+import torch
+
+
+def seed_batch(module: L.LightningModule, batch_idx: int) -> None:
+    """Let augmentation and dropout follow from seed, epoch and batch alone, so a resumed run equals an unbroken one."""
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+    torch.manual_seed(seed + 1_000_003 * (1 + module.current_epoch) + batch_idx)
+
+
+def warmup_then_cosine(module: L.LightningModule, lr: float) -> dict[str, Any]:
+    """Return AdamW with a rate that warms up over a tenth of the steps and falls as a cosine.
+
+    There is no weight decay: it pulls to zero, AdamR to the base, and one of them is enough.
+    """
+    optimizer = torch.optim.AdamW((p for p in module.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
+    steps = int(module.trainer.estimated_stepping_batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
