@@ -1,4 +1,4 @@
-"""Images and labels: the digits that ship with scikit-learn, a Hub data set, or a local folder of Parquet files."""
+"""Images and labels: the digits that ship with scikit-learn, a Hub data set, or a local folder of Parquet or images."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,9 +7,10 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from dtrain.errors import InputError
+from parts.image_folders import class_names, has_class_folders, read_folders
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -17,10 +18,11 @@ Labelled = tuple[Tensor, Tensor]  # uint8 images (n, 3, height, width) and int64
 
 
 class Images(L.LightningDataModule):
-    """Labelled images, decoded once and kept in memory; crops and flips are drawn per batch.
+    """Labelled images, decoded once and kept in memory if not in folders; crops and flips are drawn per batch.
 
     Args:
-        dataset: `digits`, a Hub data set such as `uoft-cs/cifar10`, or a folder of Parquet files in the Hub's schema.
+        dataset: `digits`, a Hub data set such as `uoft-cs/cifar10`, a folder of Parquet files in the Hub's schema, or
+            a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, whose images are decoded when their batch comes.
         revision: Revision of a Hub data set.
         classes: Labels to use, renumbered from 0; all of them if empty.
         batch_size: Images per batch.
@@ -31,6 +33,8 @@ class Images(L.LightningDataModule):
         seed: Order of the training images, together with the epoch.
         mean: Mean of the red, green and blue values of the base's pre-training, in [0, 1].
         std: Their standard deviation.
+        crop: Share of the shorter side that is seen of an image in a folder; the base's evaluation says which.
+        workers: Processes that decode the images in folders.
     """
 
     def __init__(
@@ -46,44 +50,59 @@ class Images(L.LightningDataModule):
         seed: int = 0,
         mean: Sequence[float] = CIFAR_MEAN,
         std: Sequence[float] = CIFAR_STD,
+        crop: float = 1.0,
+        workers: int = 0,
     ) -> None:
         super().__init__()
         self.dataset, self.revision, self.classes = dataset, revision, list(classes)
         self.batch_size, self.image_size, self.train_limit, self.seed = batch_size, image_size, train_limit, seed
         self.calibration, self.augment, self.flip = calibration, augment, dataset != "digits"
-        self.mean, self.std = list(mean), list(std)
-        self._splits: dict[str, Labelled] = {}
+        self.mean, self.std, self.crop, self.workers = list(mean), list(std), crop, workers
+        self._parts: dict[str, Dataset] = {}
 
     @property
     def num_classes(self) -> int:
         """Number of classes in use."""
-        return len(self.classes) or int(self.split("train")[1].max()) + 1
+        if self.classes or has_class_folders(self.dataset):
+            return len(self.classes or class_names(Path(self.dataset) / "train"))
+        return int(self.split("train")[1].max()) + 1
 
     def split(self, name: str) -> Labelled:
+        """Return all images and labels of a part that is kept in memory."""
+        return self.part(name).tensors
+
+    def part(self, name: str) -> Dataset:
         """Return "train", "calibration" (held out of the training images) or "val"."""
-        if not self._splits:
-            if self.dataset == "digits":
-                train, val = (choose(part, self.classes) for part in read_digits())
-            else:
-                train, val = read_parquet(self.dataset, self.revision, self.classes)
-            order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))
+        if not self._parts:
+            train, val = self.read()
+            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
             held, rest = order[: self.calibration], order[self.calibration :][: self.train_limit or None]
             if len(rest) < self.batch_size:
                 raise InputError(f"{len(rest)} training images are left; give more, or a smaller --data.batch_size.")
-            parts = {"train": rest, "calibration": held}
-            self._splits = {key: (train[0][index], train[1][index]) for key, index in parts.items()} | {"val": val}
-        return self._splits[name]
+            self._parts = {"train": take(train, rest), "calibration": take(train, held), "val": val}
+        return self._parts[name]
+
+    def read(self) -> tuple[Dataset, Dataset]:
+        """Return all images for training and all for validation."""
+        if has_class_folders(self.dataset):
+            return read_folders(Path(self.dataset), self.classes, self.image_size, self.crop)
+        if self.dataset == "digits":
+            train, val = (choose(part, self.classes) for part in read_digits())
+        else:
+            train, val = read_parquet(self.dataset, self.revision, self.classes)
+        return TensorDataset(*train), TensorDataset(*val)
 
     def train_dataloader(self) -> DataLoader:
-        data = TensorDataset(*self.split("train"))
-        return DataLoader(data, self.batch_size, sampler=Shuffled(len(data), self.seed), drop_last=True)
+        data = self.part("train")
+        order = Shuffled(len(data), self.seed)
+        return DataLoader(data, self.batch_size, sampler=order, drop_last=True, num_workers=self.workers)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(TensorDataset(*self.split("val")), 256)
+        return DataLoader(self.part("val"), 256, num_workers=self.workers)
 
     def calibration_dataloader(self) -> DataLoader:
         """Give DeltaCompressionCallback training images that were not trained on, in a fixed order."""
-        return DataLoader(TensorDataset(*self.split("calibration")), self.batch_size)
+        return DataLoader(self.part("calibration"), self.batch_size, num_workers=self.workers)
 
     def on_after_batch_transfer(self, batch: Labelled, dataloader_idx: int) -> Labelled:
         return self.normalise(batch)
@@ -116,6 +135,13 @@ class Shuffled(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         return iter(torch.randperm(self.size, generator=generator).tolist())
+
+
+def take(data: Dataset, places: Tensor) -> Dataset:
+    """Return a part of a data set: of tensors a copy, which is faster to read, of others a view."""
+    if isinstance(data, TensorDataset):
+        return TensorDataset(*(tensor[places] for tensor in data.tensors))
+    return Subset(data, places.tolist())
 
 
 def crop_and_flip(images: Tensor, flip: bool) -> Tensor:
