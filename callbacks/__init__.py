@@ -2,5 +2,6 @@
 
 from dtrain.callbacks.adamr import AdamRCallback
 from dtrain.callbacks.compression import DeltaCompressionCallback, Outcome
+from dtrain.callbacks.finished import compress_finished
 
-__all__ = ["AdamRCallback", "DeltaCompressionCallback", "Outcome"]
+__all__ = ["AdamRCallback", "DeltaCompressionCallback", "Outcome", "compress_finished"]

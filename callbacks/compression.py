@@ -20,8 +20,8 @@ from dtrain.callbacks.checks import (
     check_shared,
     check_validation_step,
 )
-from dtrain.callbacks.evaluation import has_validation, validate
-from dtrain.callbacks.live import kept, load_weights, part_of, same_on_all_ranks, submodule, without_counters
+from dtrain.callbacks.evaluation import measure
+from dtrain.callbacks.live import kept, part_of, same_on_all_ranks, submodule, without_counters
 from dtrain.callbacks.objective import (
     Aim,
     FitOn,
@@ -34,9 +34,12 @@ from dtrain.callbacks.objective import (
     training_objective,
     validation_calibration,
 )
-from dtrain.callbacks.outcome import FitLog, Outcome, conclude, provenance, run_folder
+from dtrain.callbacks.outcome import FitLog, Outcome, conclude, provenance
 from dtrain.callbacks.strategies import refuse_sharded
+from dtrain.callbacks.trade import Trade
 from dtrain.callbacks.watch import DeltaWatch, When, check_when
+from dtrain.callbacks.weights_and_biases import log_to_wandb
+from dtrain.callbacks.writing import write_delta
 from dtrain.compression import compress
 from dtrain.delta import Delta
 from dtrain.errors import InputError
@@ -58,8 +61,13 @@ class DeltaCompressionCallback(pl.Callback):
     After `fit` it takes the last or the best weights, fits scales on a few training batches where it is to,
     writes the file, runs the module's own validation with the base, the fine-tuned and the compressed weights, prints
     one table and logs `dtrain/bytes`, `dtrain/ratio`, `dtrain/metric_base`, `dtrain/metric_finetuned`,
-    `dtrain/metric_compressed` and `dtrain/metric_drop` to every logger. The module, its checkpoints and the other
-    callbacks stay untouched.
+    `dtrain/metric_compressed` and `dtrain/metric_drop` to every logger; W&B gets the file as an artifact. The module,
+    its checkpoints and the other callbacks stay untouched.
+
+    For sweeps, `dtrain/objective` trades bytes against score, see `Trade`: it is to be minimised, and `dtrain/feasible`
+    says whether the score is within the tolerance. With a `reference` it is logged after every validation as well, for
+    early termination, as if the model were kept whole: a projection could look better than the file turns out, and a
+    search believes the best value that it has seen.
 
     While training, at the end of every epoch, it logs what the delta looks like and what its file would take, so that
     AdamR's strength can be steered: `dtrain/delta_norm`, the norm of the matrices' delta over that of the base;
@@ -120,6 +128,9 @@ class DeltaCompressionCallback(pl.Callback):
             per row, "float16" is half precision, "exact" is bit for bit.
         watch: When to log what the delta looks like and what its file would take: a number for every so many optimizer
             steps, "epoch" for the end of every training epoch, or "never". It needs a logger.
+        tolerance: Loss of `monitor` that does not matter, in its own units, for `dtrain/objective`.
+        reference: Score that this loss is counted from; None for the fine-tuned model's. Where several trainings are
+            compared, give the score that all of them are after: one that learns nothing has nothing to lose.
 
     Raises:
         InputError: If a setting, the strategy or the order of the callbacks cannot work; at construction or in `setup`.
@@ -146,6 +157,8 @@ class DeltaCompressionCallback(pl.Callback):
         watch: When = "epoch",
         fit: Fit | None = None,
         shared: str | Path | None = None,
+        tolerance: float = 0.005,
+        reference: float | None = None,
     ) -> None:
         check_when(watch)
         check_choices(mode=(mode, ("max", "min", None)), source=(source, ("last", "best")))
@@ -154,7 +167,7 @@ class DeltaCompressionCallback(pl.Callback):
             raise InputError(f"`calibration_batches` must be at least 1, got {calibration_batches}.")
         self.method, self.fit = (method, fit) if method is not None else (DEFAULT_METHOD, fit or DEFAULT_FIT)
         check_fit(self.method, self.fit, fit_on, calibration_batches, shared)
-        self.shared = shared
+        self.shared, self.trade = shared, Trade(tolerance, reference)
         self.path, self.monitor, self.source, self.module = path, monitor, source, module
         self.mode: Mode | None = mode
         self.fit_on: Aim = fit_on
@@ -171,7 +184,7 @@ class DeltaCompressionCallback(pl.Callback):
         self.delta: Delta | None = None
         self.outcome: Outcome | None = None
         self.watch: When = watch
-        self._base = Base(base, module)
+        self.base, self._base = base, Base(base, module)
         self._watch: DeltaWatch | None = None
         self._watched_at = 0  # the optimizer step of the last look: accumulated batches share one
         self._metrics_before: dict[str, Any] = {}  # as they were when validation began, to tell which it logs
@@ -249,7 +262,10 @@ class DeltaCompressionCallback(pl.Callback):
         """Called when a validation ends: a metric that the first one does not log would be missing in the end."""
         before, self._metrics_before = self._metrics_before, {}
         monitor = goal(trainer, self.monitor, self.mode)[0] if self._must_have_metric else None
-        if monitor is None or self._metric_seen or not _in_fit(trainer) or trainer.sanity_checking:
+        if not _in_fit(trainer) or trainer.sanity_checking:
+            return
+        self._log_objective(trainer, pl_module)
+        if monitor is None or self._metric_seen:
             return
         # What training logged is there as well, but as the same objects as before: only validation's are new.
         found = {
@@ -269,12 +285,13 @@ class DeltaCompressionCallback(pl.Callback):
             base = self.read_base(trainer)
             tuned = self._read_tuned(trainer, target, live, base)
             self.delta = self._compress(trainer, pl_module, target, base, tuned)
-            path = self._write(trainer, self.delta)
-            scores = self._measure(trainer, pl_module, target, base, tuned, self.delta)
+            path = write_delta(trainer, self.delta, self.path)
+            scores = measure(trainer, pl_module, target, base, tuned, self.delta)
         if self.monitor is not None and any(self.monitor not in found for found in scores.values()):
             rank_zero_warn(f"DeltaCompressionCallback: {missing_metric(scores['finetuned'], self.monitor)}")
-        self.outcome = conclude(path, self.delta, scores, monitor, mode)
+        self.outcome = conclude(path, self.delta, scores, monitor, mode, self.trade)
         self.outcome.log(trainer)
+        log_to_wandb(trainer, self.outcome, self.delta)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -326,6 +343,17 @@ class DeltaCompressionCallback(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 
+    def _log_objective(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what the objective is as long as there is no file: the size is that of all weights."""
+        monitor, mode = goal(trainer, self.monitor, self.mode)
+        score = trainer.callback_metrics.get(monitor) if monitor is not None else None
+        if self.trade.reference is None or score is None:
+            return
+        size = sum(tensor.nbytes for tensor in read_weights(submodule(pl_module, self.module)).tensors.values())
+        value = self.trade.objective(size, self.trade.shortfall(float(score), float(score), mode))
+        for logger in trainer.loggers:
+            logger.log_metrics({"dtrain/objective": value}, step=trainer.global_step)
+
     def _read_tuned(self, trainer: pl.Trainer, target: nn.Module, live: Weights, base: Weights) -> Weights:
         tuned: Weights | None = live
         if self.source == "best":
@@ -361,35 +389,6 @@ class DeltaCompressionCallback(pl.Callback):
         )
         # Every rank has fitted, in the same time, but no two need agree in the last bit: that of the first counts.
         return trainer.strategy.broadcast(delta)
-
-    def _write(self, trainer: pl.Trainer, delta: Delta) -> Path:
-        folder = run_folder(trainer)
-        path = Path(self.path) if self.path is not None else folder / "delta.safetensors"
-        if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            delta.save(path)
-        trainer.strategy.barrier("dtrain_delta")
-        return path
-
-    def _measure(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        target: nn.Module,
-        base: Weights,
-        tuned: Weights,
-        delta: Delta,
-    ) -> dict[str, dict[str, float]]:
-        if not has_validation(trainer):
-            rank_zero_warn("DeltaCompressionCallback: the run has no validation data, so no score is measured.")
-            return {}
-        # In this order, each finds what it lacks: the base and the delta to it may be without the fresh head.
-        models = {"finetuned": tuned.tensors, "base": base.tensors, "compressed": delta.state_dict(base)}
-        scores: dict[str, dict[str, float]] = {}
-        for who, tensors in models.items():
-            load_weights(target, tensors)
-            scores[who] = validate(trainer, pl_module, batches=trainer.limit_val_batches)
-        return {who: scores[who] for who in ("base", "finetuned", "compressed")}
 
 
 def _is_trial(trainer: pl.Trainer) -> bool:

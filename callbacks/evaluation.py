@@ -10,10 +10,14 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 
+from dtrain.callbacks.live import load_weights
 from dtrain.callbacks.undisturbed import undisturbed
+from dtrain.delta import Delta
+from dtrain.weights import Weights
 
 
 def validate(
@@ -67,6 +71,31 @@ def validate(
                 raise error.__context__ from None
             raise
         return mean_over_ranks(trainer, {name: float(value) for name, value in inner.callback_metrics.items()})
+
+
+def measure(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, target: nn.Module, base: Weights, tuned: Weights, delta: Delta
+) -> dict[str, dict[str, float]]:
+    """Return what validation logs for the "base", "finetuned" and "compressed" model; nothing without such data.
+
+    Args:
+        trainer: The trainer of the run.
+        pl_module: The module.
+        target: The part of it that the delta belongs to; it is left with other weights.
+        base: Weights that the fine-tuning started from.
+        tuned: Those it ended with.
+        delta: The compressed difference.
+    """
+    if not has_validation(trainer):
+        rank_zero_warn("DeltaCompressionCallback: the run has no validation data, so no score is measured.")
+        return {}
+    # In this order, each finds what it lacks: the base and the delta to it may be without the fresh head.
+    models = {"finetuned": tuned.tensors, "base": base.tensors, "compressed": delta.state_dict(base)}
+    scores: dict[str, dict[str, float]] = {}
+    for who, tensors in models.items():
+        load_weights(target, tensors)
+        scores[who] = validate(trainer, pl_module, batches=trainer.limit_val_batches)
+    return {who: scores[who] for who in ("base", "finetuned", "compressed")}
 
 
 def has_validation(trainer: pl.Trainer) -> bool:

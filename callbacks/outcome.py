@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 
 from dtrain.callbacks.table import outcome_table
+from dtrain.callbacks.trade import Trade
 from dtrain.delta import Delta
 from dtrain.report import Report
 
@@ -26,6 +27,7 @@ class Outcome:
         scores: What validation logs for the "base", "finetuned" and "compressed" model, by name.
         monitor: The metric that counts; None without one, or where validation does not log it.
         drop: How much worse the compressed model is than the fine-tuned one, in that metric.
+        traded: What bytes and score are worth together, by the name it has in the logs; empty without a metric.
         fitted: The loss of the fit at its start and with the scales that were kept; None where nothing was fitted to an
             objective.
     """
@@ -35,6 +37,7 @@ class Outcome:
     scores: Mapping[str, Mapping[str, float]]
     monitor: str | None
     drop: float | None
+    traded: Mapping[str, float]
     fitted: tuple[float | None, float] | None = None
 
     def values(self) -> dict[str, float]:
@@ -42,7 +45,7 @@ class Outcome:
         values: dict[str, float] = {"dtrain/bytes": self.report.file_bytes, "dtrain/ratio": self.report.ratio}
         if self.monitor is not None and self.drop is not None:
             values |= {f"dtrain/metric_{who}": found[self.monitor] for who, found in self.scores.items()}
-            values["dtrain/metric_drop"] = self.drop
+            values |= {"dtrain/metric_drop": self.drop, **self.traded}
         if self.fitted is not None:
             names = ("dtrain/fit_start", "dtrain/fit_loss")
             values |= {name: loss for name, loss in zip(names, self.fitted, strict=True) if loss is not None}
@@ -82,15 +85,17 @@ class FitLog:
 
 
 def conclude(
-    path: Path, delta: Delta, scores: Mapping[str, Mapping[str, float]], monitor: str | None, mode: str
+    path: Path, delta: Delta, scores: Mapping[str, Mapping[str, float]], monitor: str | None, mode: str, trade: Trade
 ) -> Outcome:
     """Return the outcome; `monitor` counts if every model was scored by it."""
     report, fit = delta.report(), delta.content.metadata.get("fit", {})
     fitted = (fit.get("start"), fit["loss"]) if "loss" in fit else None
     if monitor is None or not scores or any(monitor not in found for found in scores.values()):
-        return Outcome(path, report, scores, None, None, fitted)
+        return Outcome(path, report, scores, None, None, {}, fitted)
     tuned, compressed = (scores[who][monitor] for who in ("finetuned", "compressed"))
-    return Outcome(path, report, scores, monitor, tuned - compressed if mode == "max" else compressed - tuned, fitted)
+    drop = tuned - compressed if mode == "max" else compressed - tuned
+    traded = trade.values(report.file_bytes, trade.shortfall(compressed, tuned, mode))
+    return Outcome(path, report, scores, monitor, drop, traded, fitted)
 
 
 def provenance(trainer: pl.Trainer) -> dict[str, Any]:

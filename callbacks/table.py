@@ -23,16 +23,24 @@ def outcome_table(scores: Mapping[str, Mapping[str, float]], report: Report, mon
     for who in ("base", "finetuned", "compressed"):
         table.add_column(who, justify="right")
     table.add_column("gain kept", justify="right")
-    names = {name for found in scores.values() for name in found}
-    for name in sorted(names, key=lambda name: (name != monitor, name)):
-        base, tuned, compressed = (scores[who].get(name) for who in ("base", "finetuned", "compressed"))
-        values = ("-" if value is None else f"{value:.4f}" for value in (base, tuned, compressed))
-        table.add_row(name, *values, _gain_kept(base, tuned, compressed))
+    for name, *found in score_rows(scores, monitor):
+        values = ("-" if value is None else f"{value:.4f}" for value in found)
+        table.add_row(name, *values, _gain_kept(*found))
     table.add_section()
     table.add_row("bytes", "", f"{report.checkpoint_bytes:,}", f"{report.file_bytes:,}", "")
     table.add_row("ratio", "", "1", f"{report.ratio:,.1f}", "")
     table.add_row("bit per parameter", "", "", f"{report.bits_per_parameter:.4f}", "")
     return table
+
+
+def score_rows(
+    scores: Mapping[str, Mapping[str, float]], monitor: str | None = None
+) -> list[tuple[str, float | None, float | None, float | None]]:
+    """Return (name, base, fine-tuned, compressed) for every metric, the monitored one first."""
+    names = {name for found in scores.values() for name in found}
+    order = sorted(names, key=lambda name: (name != monitor, name))
+    base, tuned, compressed = (scores.get(who, {}) for who in ("base", "finetuned", "compressed"))
+    return [(name, base.get(name), tuned.get(name), compressed.get(name)) for name in order]
 
 
 def describe(method: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 
 import dtrain
 from dtrain.callbacks import DeltaCompressionCallback
+from dtrain.callbacks.trade import Trade
 from dtrain.errors import InputError
 from tests.callbacks.models import (
     DARE,
@@ -154,6 +155,7 @@ class TestScores:
             "dtrain/ratio": outcome.report.ratio,
             **{f"dtrain/metric_{who}": outcome.scores[who][name] for who in ("base", "finetuned", "compressed")},
             "dtrain/metric_drop": outcome.drop,
+            **Trade().values(outcome.report.file_bytes, outcome.drop),
         }
 
     def test_a_training_metric_of_the_checkpoints_does_not_count(self, tmp_path):
@@ -238,6 +240,8 @@ class TestLoggers:
         assert set(values) == {
             *(f"dtrain/metric_{who}" for who in ("base", "finetuned", "compressed", "drop")),
             "dtrain/bytes",
+            "dtrain/feasible",
+            "dtrain/objective",
             "dtrain/ratio",
         }
         assert {name: float(last[name]) for name in values} == values
