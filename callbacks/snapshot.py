@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 from safetensors.torch import save
 from torch import nn
 
-from dtrain.artifact.atomic import write_atomic
+from dtrain.artifact.atomic import make_folder, write_atomic
+from dtrain.callbacks.writing import on_first_rank
 from dtrain.difference import digests, fingerprint
 from dtrain.errors import BaseMismatchError, InputError
 from dtrain.weights import Weights, read_weights
@@ -39,12 +40,15 @@ class BaseSnapshot:
     def keep(self, trainer: pl.Trainer, weights: Weights) -> None:
         """Write `weights` beside the checkpoints, if they are not there already (a collective)."""
         path = snapshot_folders(trainer)[0] / self.name
-        # A file that is there but was damaged is replaced now: at the end of the run it would be too late.
-        if trainer.is_global_zero and not self._is_intact(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.tensors.items()}
-            write_atomic(path, [save(tensors)])
-        trainer.strategy.barrier("dtrain_base")
+
+        def write() -> None:
+            # A file that is there but was damaged is replaced now: at the end of the run it would be too late.
+            if not self._is_intact(path):
+                make_folder(path.parent)
+                tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.tensors.items()}
+                write_atomic(path, [save(tensors)])
+
+        on_first_rank(trainer, write)
 
     def read(self, folders: Sequence[Path]) -> Weights:
         """Return the base from the first of `folders` that has it.

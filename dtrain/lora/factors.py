@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors.torch import save
 
-from dtrain.artifact.atomic import SUFFIX, write_atomic
+from dtrain.artifact.atomic import write_folder
 from dtrain.delta import Delta
 from dtrain.errors import InputError
 from dtrain.lora.adapter import ADAPTER_WEIGHTS, AdapterSource, read_adapter
@@ -67,23 +65,5 @@ def save_adapter(delta: Delta, folder: str | Path) -> int:
         ADAPTER_WEIGHTS: save(state, metadata={"format": "pt"}),
         ADAPTER_CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
-    _write_folder(Path(folder), files)
+    write_folder(folder, files)
     return sum(map(len, files.values()))
-
-
-def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    folder = folder.resolve()  # "." has no name to put another beside
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise InputError(f"{folder} is there already and not an empty folder. Remove it, or give another.")
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{SUFFIX}")
-    try:
-        temporary.mkdir()
-        for name, content in files.items():
-            write_atomic(temporary / name, [content])
-        if folder.is_dir():
-            folder.rmdir()  # Windows renames onto nothing
-        temporary.rename(folder)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror or error}). Give another folder.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,20 +16,27 @@ from dtrain.errors import AppliedStateError, BaseMismatchError
 from dtrain.runtime.base import check_base, find_tensors
 from dtrain.runtime.merge import Patch, patch, write
 from dtrain.stages.bits import as_buffer
-from dtrain.weights import read_weights, tensor_bytes
+from dtrain.weights import Weights, read_weights, tensor_bytes
 
 
-@dataclass(frozen=True)
-class Undo:
-    """What a module's tensor held before, and a digest of what was put there."""
+@dataclass
+class Applied:
+    """A delta on a module, and how to take it off.
 
-    name: str
-    before: Patch
-    after: bytes
+    Args:
+        content: The delta's content.
+        before: What every tensor that it touches held, by name.
+        after: Digests of what was put there, in the same order. Empty while tensors are being written: then some hold
+            the one and some the other, and all are to be restored.
+    """
+
+    content: Content
+    before: list[tuple[str, Patch]]
+    after: list[bytes]
 
 
-#: Modules that carry a delta: (the delta's content, how to take it off).
-_APPLIED: WeakKeyDictionary[nn.Module, tuple[Content, list[Undo]]] = WeakKeyDictionary()
+#: Modules that carry a delta, or part of one.
+_APPLIED: WeakKeyDictionary[nn.Module, Applied] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -53,41 +61,49 @@ def apply_in_place(content: Content, module: nn.Module, origin: object) -> None:
         for record in content.records
         if (change := patch(record, tensors.get(record.name), origin)) is not None
     ]
-    done: list[tuple[str, Patch]] = []
+    applied = Applied(content, [(name, _read(tensors[name], change.positions)) for name, change in patches], [])
     try:
+        # Known before the first write: should the way back be interrupted as well, remove_ can go it to the end.
+        _APPLIED[module] = applied
         for name, change in patches:
-            # The old values are noted before the write, so that an interrupt between the two loses nothing.
-            done.append((name, _read(tensors[name], change.positions)))
             write(tensors[name], change)
-        undo = [Undo(name, before, _touched(tensors[name], before.positions)) for name, before in done]
-        _APPLIED[module] = (content, undo)
+        applied.after = [_touched(tensors[name], change.positions) for name, change in patches]
     except BaseException:
+        _restore(applied, tensors)
         _APPLIED.pop(module, None)
-        for name, before in done:
-            write(tensors[name], before)
         raise
 
 
 @torch.no_grad()
 def remove_in_place(content: Content, module: nn.Module) -> None:
-    """Restore what `apply_in_place` found, bit for bit.
+    """Restore what `apply_in_place` found, bit for bit. Where this is interrupted, a second call finishes it.
 
     Raises:
         AppliedStateError: If this delta is not applied to the module, or if the touched weights changed since.
     """
     module = _uncompiled(module)
     applied = _APPLIED.get(module)
-    if applied is None or applied[0] is not content:
+    if applied is None or applied.content is not content:
         raise AppliedStateError("this delta is not applied to the module. Call apply_() first, on this very object.")
-    tensors = read_weights(module).tensors
-    for undo in applied[1]:
-        if undo.name not in tensors or _touched(tensors[undo.name], undo.before.positions) != undo.after:
+    tensors = _of_their_shapes(content, read_weights(module))
+    for (name, before), after in zip(applied.before, applied.after or repeat(None), strict=False):
+        if name not in tensors or after not in (None, _touched(tensors[name], before.positions)):
             raise AppliedStateError(
-                f"{undo.name!r} changed since the delta was applied, so the base cannot be restored. Load it again."
+                f"{name!r} changed since the delta was applied, so the base cannot be restored. Load it again."
             )
-    for undo in applied[1]:
-        write(tensors[undo.name], undo.before)
+    applied.after = []
+    _restore(applied, tensors)
     del _APPLIED[module]
+
+
+def _restore(applied: Applied, tensors: dict[str, Tensor]) -> None:
+    for name, before in applied.before:
+        write(tensors[name], before)
+
+
+def _of_their_shapes(content: Content, weights: Weights) -> dict[str, Tensor]:
+    shapes = {record.name: record.shape for record in content.records}
+    return {name: tensor for name, tensor in find_tensors(content, weights).items() if tensor.shape == shapes[name]}
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
