@@ -13,7 +13,6 @@ import dtrain
 from dtrain import ArtifactError, BaseMismatchError, Dare, DareX, InputError, Lossless, Rules
 from dtrain.artifact import Content, Record, Role
 from dtrain.cli import main
-from dtrain.lora import factors as room
 from tests.lora.adapters import CONFIG, PREFIX, Net, base, factors, product, trained, write
 from tests.methods.settings import module_of, same_bits
 
@@ -190,23 +189,6 @@ def test_an_empty_folder_is_filled_and_no_other(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"out cannot be written \(No such file or directory\)"):
         dtrain.save_adapter(delta, tmp_path / "none" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_folder_is_written_whole_or_not_at_all(error, tmp_path, monkeypatch):
-    written = []
-
-    def stop(path, chunks):
-        written.append(path)
-        if len(written) == 2:
-            raise error
-        path.write_bytes(b"".join(chunks))
-
-    monkeypatch.setattr(room, "write_atomic", stop)
-    with pytest.raises((KeyboardInterrupt, InputError)):
-        dtrain.save_adapter(compress(Lossless()), tmp_path / "out")
-    assert len(written) == 2
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_a_delta_of_an_adapter_is_one():
