@@ -16,6 +16,7 @@ Everything else: --help. The same settings as YAML: --config recipes/beit3_image
 
 from typing import Any
 
+from dtrain.errors import InputError
 from parts.beit3_vision import load_beit3_vision
 from parts.classifier import Classifier, picture
 from parts.images import Images
@@ -64,6 +65,13 @@ class Beit3Image(Classifier):
     ) -> None:
         super().__init__(load_beit3_vision(pretrained, num_classes), num_classes, lr, label_smoothing)
         self.save_hyperparameters()
+
+    def setup(self, stage: str) -> None:
+        takes, given = self.model.patch_embed.img_size[0], self.trainer.datamodule.side
+        if takes != given:
+            raise InputError(
+                f"the base takes images of {takes} pixels and gets {given}. Try --data.image_size {takes}."
+            )
 
 
 def main() -> None:

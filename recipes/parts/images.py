@@ -67,6 +67,11 @@ class Images(L.LightningDataModule):
             return len(self.classes or class_names(Path(self.dataset) / "train"))
         return int(self.split("train")[1].max()) + 1
 
+    @property
+    def side(self) -> int:
+        """Width of the images that the model gets."""
+        return self.image_size or self.part("val")[0][0].shape[-1]
+
     def split(self, name: str) -> Labelled:
         """Return all images and labels of a part that is kept in memory."""
         return self.part(name).tensors

@@ -178,6 +178,8 @@ def test_bad_folders_get_a_sentence(recipe, folders, tmp_path, what, sentence):
     ("arguments", "sentence"),
     [
         (("--data.image_size=0",), "may have many sizes"),
+        (("--data.image_size=32",), "takes images of 16 pixels and gets 32. Try --data.image_size 16"),
+        (("--data.dataset=digits", "--data.image_size=0"), "takes images of 16 pixels and gets 8"),
         (("--data.classes=[0, 7]",), r"names \[7\], but .* has 3 class folders"),
         (("--model.pretrained=no_such_model_anywhere",), "no_such_model_anywhere"),
         (("--model.pretrained=no_such_file.pth",), "no_such_file.pth"),
