@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from dtrain.stages.bits import as_buffer
 
 ADAPTER_CONFIG = "adapter_config.json"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_INSIDE = ("state_dict", "model")  # where a checkpoint keeps its weights: Lightning's name, then that of research code
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ def read_weights(source: Source) -> Weights:
 
     Args:
         source: A module, a state dict, or the path of a `.safetensors` file, of a (sharded) Hugging Face folder, or of
-            a Lightning `.ckpt` or torch `.pt`/`.bin` file, which is read with `weights_only=True`. `_orig_mod.`, which
-            `torch.compile` puts into names, is taken out. The tensors share memory with the source where they can.
+            a Lightning `.ckpt` or torch `.pt`/`.pth`/`.bin` file, which is read with `weights_only=True`; the weights
+            may be in it under `state_dict` or `model`. `_orig_mod.`, which `torch.compile` puts into names, is taken
+            out. The tensors share memory with the source where they can.
 
     Raises:
         InputError: If there is nothing at the path, or nothing in it that can be read as weights.
@@ -173,13 +176,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_checkpoint(path: Path) -> Mapping[str, object]:
     try:
         mapped = zipfile.is_zipfile(path)  # what torch before 1.6 wrote cannot be memory-mapped
-        content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals([Namespace]):  # the settings of a training script: a bag of values
+            content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the unpickler raises whatever the bytes make it raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} cannot be read as a checkpoint with weights_only=True ({reason}).") from error
     if isinstance(content, Mapping):
         outer = cast("Mapping[str, object]", content)
-        state = outer.get("state_dict", outer)
-        if isinstance(state, Mapping):
-            return cast("Mapping[str, object]", state)
-    raise InputError(f"{path} is not a checkpoint: expected a dict of tensors, or one with a `state_dict`.")
+        state = next((outer[name] for name in _INSIDE if isinstance(outer.get(name), Mapping)), outer)
+        return cast("Mapping[str, object]", state)
+    raise InputError(f"{path} is not a checkpoint: expected a dict of tensors, or one with a `state_dict` or `model`.")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from argparse import Namespace
 from collections import OrderedDict
 
 import pytest
@@ -85,6 +86,7 @@ SOURCES = {
     "Lightning checkpoint": saved(CHECKPOINT, "last.ckpt"),
     "bare checkpoint": saved(STATE, "model.pt"),
     "bin": saved(STATE, "pytorch_model.bin"),
+    "checkpoint of research code": saved({"model": STATE, "epoch": 3, "args": Namespace(lr=1e-3)}, "checkpoint-3.pth"),
     "as before torch 1.6": saved(STATE, "x.bin", _use_new_zipfile_serialization=False),
 }
 

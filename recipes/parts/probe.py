@@ -1,6 +1,7 @@
 """The true floor of a fine-tune: a linear classifier on the frozen features of the base."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from dtrain.fit import HiddenCapture
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Any, Tensor]]  # what the model takes, in a tuple if it is more than one thing; and labels
 
 
 @torch.no_grad()
@@ -18,8 +19,8 @@ def features(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
     seen: list[Tensor] = []
     labels: list[Tensor] = []
     with HiddenCapture(model) as capture:
-        for images, label in batches:
-            model(images)
+        for inputs, label in batches:
+            model(*inputs) if isinstance(inputs, tuple) else model(inputs)
             seen.append(capture.last.flatten(1).cpu())
             labels.append(label.cpu())
     return torch.cat(seen), torch.cat(labels)
