@@ -13,7 +13,8 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from torch import nn
 
 import dtrain
-from dtrain.callbacks import AdamRCallback, DeltaCompressionCallback
+from dtrain.callbacks import AdamRCallback, DeltaCompressionCallback, compress_finished
+from dtrain.callbacks.weights_and_biases import check_wandb
 from parts.presets import choose_preset
 
 Presets = Mapping[str, Mapping[str, Any]]
@@ -77,6 +78,13 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--fit", type=dtrain.Fit | None, default=None, help="how scales are found after encoding")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
         parser.add_argument("--evaluate", type=str | None, default=None, help="score these weights and stop")
+        parser.add_argument(
+            "--compress_only",
+            type=str | None,
+            default=None,
+            help="compress a finished run (its last .ckpt) or fine-tuned weights (with --compress.base), and stop",
+        )
+        parser.add_argument("--compare", type=bool, default=True, help="compress at other keep rates as well, and draw")
         parser.add_lightning_class_args(AdamRCallback, "adamr")
         parser.add_lightning_class_args(DeltaCompressionCallback, "compress")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -103,18 +111,30 @@ class RecipeCLI(LightningCLI):
         )
 
     def train(self) -> DeltaCompressionCallback | None:
-        """Fine-tune, or resume, and compress; with `--evaluate` only score weights.
+        """Fine-tune, or resume, and compress; with `--compress_only` only that; with `--evaluate` only score weights.
 
         Returns:
-            The callback with its `outcome`, on the process that wrote the file; None if nothing was written.
+            The callback with its `outcome`, on the process that wrote the file; None if there is nothing to compare.
         """
+        check_wandb(self.trainer)
         if self.config.evaluate is not None:
             load(self.model.model, self.config.evaluate)
             self.trainer.validate(self.model, self.datamodule)
             return None
+        if self.config.compress_only is not None:
+            self.compress(self.config.compress_only)
+            return None
         self.trainer.fit(self.model, self.datamodule, ckpt_path=self.config.ckpt_path)
         callback = next(c for c in self.trainer.callbacks if isinstance(c, DeltaCompressionCallback))
-        return callback if self.trainer.is_global_zero and callback.outcome is not None else None
+        written = self.trainer.is_global_zero and callback.outcome is not None
+        return callback if written and self.config.compare else None
+
+    def compress(self, finished: str) -> None:
+        """Compress what was fine-tuned before, with the method, the rules and the fit of this command line."""
+        is_run = Path(finished).suffix == ".ckpt"
+        if not is_run:
+            load(self.model.model, finished)
+        compress_finished(self.trainer, self.model, finished if is_run else None, datamodule=self.datamodule)
 
 
 def open_recipe(
@@ -138,7 +158,8 @@ def load(module: nn.Module, path: str) -> None:
     """
     own, given = dtrain.read_weights(module), dtrain.read_weights(path)
     for name, tensor in own.tensors.items():
-        found = given.get(name)
+        names = [name, *(alias for alias, first in own.aliases.items() if first == name)]  # tied: a file has one of them
+        found = next((held for each in names if (held := given.get(each)) is not None), None)
         if found is None or found.shape != tensor.shape:
             what = "no such tensor" if found is None else f"the shape {list(found.shape)}"
             raise dtrain.InputError(f"{path}: the model has {name} of {list(tensor.shape)}, the file has {what}.")
