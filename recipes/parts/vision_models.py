@@ -59,7 +59,7 @@ def from_timm(name: str) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True)
     except RuntimeError as error:
-        raise InputError(f"timm has no weights called {name!r} ({error}). See timm.list_pretrained('vit*').") from error
+        raise InputError(f"timm has no weights called {name!r} ({error}). See timm.list_pretrained().") from error
     except OSError as error:
         raise InputError(
             f"{name!r} cannot be downloaded ({str(error).splitlines()[0]}). "

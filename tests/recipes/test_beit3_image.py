@@ -291,3 +291,13 @@ def test_the_small_base_is_a_beit3_of_timms_code(tmp_path, monkeypatch):
     torch.set_rng_state(before)
     cached = load_beit3_vision("digits", 5)  # whether it was cached changes nothing
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), cached.parameters(), strict=True))
+
+
+def test_without_a_network_the_hub_preset_says_what_to_do(recipe, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, sentence in (
+        ("in22k_ft_in1k", "cannot be downloaded .* --preset offline"),
+        ("no_tag", "no weights called"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            recipe(f"--model.pretrained=beit3_base_patch16_224.{name}")
