@@ -1,0 +1,116 @@
+"""A small T5 that needs no network: pre-trained by span corruption on the standard library's documentation."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Generator, Tensor, randperm
+from transformers import T5Config, T5ForConditionalGeneration
+
+from dtrain.progress import progress
+from parts.corpus import split_english
+
+CACHE = Path("runs/cache/t5_english_base")
+RATE, SPAN = 0.15, 3  # share of the tokens that is masked, and mean length of a span: those of the T5 paper
+LENGTH, BATCH, STEPS = 64, 32, 500  # tokens of a piece of text, pieces per step, steps
+SENTINELS = 20
+VOCABULARY = 1024
+SMALL = {
+    "d_model": 128,
+    "d_kv": 32,
+    "num_heads": 4,
+    "d_ff": 256,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "relative_attention_max_distance": 64,
+}
+
+
+def corrupt(tokens: Sequence[int], sentinels: Sequence[int], generator: Generator) -> tuple[list[int], list[int]]:
+    """Return the tokens with spans of them replaced by sentinels, and the spans, each behind its sentinel.
+
+    As in the T5 paper: what was masked ends with one more sentinel. The first token is always kept, and no two spans
+    touch.
+
+    Args:
+        tokens: At least two, without the end of the text.
+        sentinels: Ids, one more than there are spans at least.
+        generator: Says which spans.
+    """
+    masked = min(max(round(RATE * len(tokens)), 1), len(tokens) - 1)
+    spans = min(max(round(masked / SPAN), 1), len(tokens) - masked, len(sentinels) - 1)
+    rest, source, target = list(tokens), [], []
+    lengths = zip(parts_of(len(tokens) - masked, spans, generator), parts_of(masked, spans, generator), strict=True)
+    for sentinel, (keep, hide) in zip(sentinels, lengths, strict=False):
+        source += [*rest[:keep], sentinel]
+        target += [sentinel, *rest[keep : keep + hide]]
+        rest = rest[keep + hide :]
+    return source, [*target, sentinels[spans]]
+
+
+def parts_of(total: int, count: int, generator: Generator) -> list[int]:
+    """Return `count` lengths of at least one that add up to `total`; all such lists are equally likely."""
+    cuts = sorted((randperm(total - 1, generator=generator)[: count - 1] + 1).tolist())
+    return [end - start for start, end in zip([0, *cuts], [*cuts, total], strict=True)]
+
+
+def train_tokenizer(sentences: Sequence[str]) -> Tokenizer:
+    """Return a byte-pair tokenizer with the special tokens of T5, which ends every text with `</s>`."""
+    unknown = "<unk>"
+    special = ["<pad>", "</s>", unknown, *(f"<extra_id_{i}>" for i in range(SENTINELS))]
+    tokenizer = Tokenizer(models.BPE(unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(sentences, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return tokenizer
+
+
+def pieces(tokenizer: Tokenizer) -> Tensor:
+    """Return the training documents as one text, cut into pieces of `LENGTH` tokens."""
+    texts = [sentence for document in split_english()["train"] for sentence in document]
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    tokens = torch.tensor([token for text in encoded for token in text.ids])
+    return tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
+
+
+def corrupted(tokenizer: Tokenizer, steps: int) -> Iterator[dict[str, Tensor]]:
+    """Yield batches to pre-train on: all pieces have one length, so there is no padding."""
+    end, generator = tokenizer.token_to_id("</s>"), Generator().manual_seed(0)
+    sentinels = [tokenizer.token_to_id(f"<extra_id_{i}>") for i in range(SENTINELS)]
+    every = pieces(tokenizer)
+    order = torch.cat([randperm(len(every), generator=generator) for _ in range(1 + steps * BATCH // len(every))])
+    for chosen in order[: steps * BATCH].view(steps, BATCH):
+        pairs = [corrupt(piece, sentinels, generator) for piece in every[chosen].tolist()]
+        source, target = (torch.tensor([[*ids, end] for ids in side]) for side in zip(*pairs, strict=True))
+        yield {"input_ids": source, "labels": target}
+
+
+def pretrain_on_english(steps: int = STEPS) -> Path:
+    """Train the small base, once, and return its folder: laid out as one of the Hub."""
+    if (CACHE / "model.safetensors").exists():
+        return CACHE
+    sentences = [sentence for document in split_english()["train"] for sentence in document]
+    tokenizer = train_tokenizer(sentences)
+    config = T5Config(vocab_size=tokenizer.get_vocab_size(), decoder_start_token_id=0, **SMALL)
+    with torch.random.fork_rng(devices=[]):  # whether the base was cached must not change the fine-tuning
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(config).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+        with progress("pre-training the base by span corruption", steps) as advance:
+            for batch in corrupted(tokenizer, steps):
+                loss = model(**batch).loss
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                advance(f"loss {loss.item():.3f}")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(CACHE / "tokenizer.json"))
+    model.save_pretrained(CACHE)  # last: the weights' presence says that the folder is whole
+    return CACHE

@@ -1,0 +1,243 @@
+"""Fine-tune T5 on a task of GLUE, text to text, ship the change as one small file, and see what that costs.
+
+    python recipes/t5_glue.py                              # T5-base on SST-2 where there is a GPU and the Hub
+    python recipes/t5_glue.py --preset offline             # a small T5 on English: minutes on two cores
+    python recipes/t5_glue.py --data.task stsb --model.scoring generate
+    python recipes/t5_glue.py --method SeededSign --method.keep 0.03 --fit Learn --compress.fit_on logits
+    python recipes/t5_glue.py --data.dataset PATH --model.pretrained PATH        # local folders, see below
+    python recipes/t5_glue.py ... --evaluate merged.safetensors     # only score weights, after `dtrain apply`
+
+`--data.dataset` is `english` (tasks word_order and next_sentence), a Hub data set such as `nyu-mll/glue`, or a folder
+of Parquet files in its schema. `--model.pretrained` is `english` (pre-trained here by span corruption), a Hub model
+such as `google-t5/t5-base` or `google/t5-v1_1-base`, or a local folder with config.json, model.safetensors and
+tokenizer.json.
+Everything else: --help. The same settings as YAML: --config recipes/t5_glue.yaml
+
+An answer is a text. Validation reads it in two ways: `rank` takes the label whose text is likeliest, in one call of the
+model; `generate` lets the model write, and what is no label is wrong. A base that never saw a task ranks by chance.
+
+The file holds the embedding once: in T5 it is the output layer as well, so the method compresses it, where dtrain
+leaves the word embeddings of encoders at the base. The two tables of relative positions are compressed likewise.
+"""
+
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dtrain.callbacks import DeltaCompressionCallback
+from dtrain.errors import InputError
+from parts import t5
+from parts.compare import compare
+from parts.glue import TASKS, Texts, find_task, task_metrics
+from parts.recipe import RecipeCLI, open_recipe, run
+from parts.sampling import SimilarLengths
+from parts.texts import read_texts
+from parts.training import seed_batch, warmup_then_cosine
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "hub": {
+        "data.dataset": "nyu-mll/glue",
+        "data.revision": "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c",
+        "data.task": "sst2",
+        "model.pretrained": "google-t5/t5-base",
+        "model.revision": "a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1",
+        "model.lr": 1e-4,
+        "trainer.max_steps": 2000,
+        "trainer.precision": "bf16-mixed",
+        "method": {"class_path": "dtrain.DareX", "init_args": {"keep": 0.01}},
+    },
+    "offline": {
+        "data.dataset": "english",
+        "data.task": "word_order",
+        "model.pretrained": "english",
+        "model.lr": 1e-3,
+        "trainer.max_steps": 400,
+        "method": {"class_path": "dtrain.DareX", "init_args": {"keep": 0.1}},  # a small model has little to spare
+    },
+}
+LOOKED_AT = {"train": 32, "validation": 8}  # batches of 128 rows that the picture is drawn from
+WAYS = ("rank", "generate")
+
+
+class Batch(NamedTuple):
+    """Prompts with what is right: class ids or numbers; `fit` if they are there to fit scales on, not to be scored."""
+
+    prompts: list[str]
+    labels: Tensor
+    fit: bool = False
+
+
+class Prompts(L.LightningDataModule):
+    """A task of GLUE as prompts.
+
+    Args:
+        dataset: `english`, a Hub data set such as `nyu-mll/glue`, or a folder of Parquet files in its schema.
+        task: One of GLUE's tasks, `word_order` or `next_sentence`; None if the folder is named after it.
+        revision: Revision of a Hub data set.
+        batch_size: Prompts per batch.
+        calibration: Training rows that are held out, for fitting scales; never used for training.
+        train_limit: Use this many training rows at most; 0 for all.
+        seed: Order of the training rows, together with the epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: str = "english",
+        task: str | None = None,
+        revision: str = "main",
+        batch_size: int = 64,
+        calibration: int = 256,
+        train_limit: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.glue = find_task(dataset, task)
+        self.dataset, self.task, self.batch_size, self.seed = dataset, self.glue.name, batch_size, seed
+        splits = read_texts(dataset, self.glue, revision)
+        train = splits.pop("train")
+        order = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(0))
+        held, rest = order[:calibration], order[calibration:][: train_limit or None]
+        if len(rest) < batch_size:
+            raise InputError(f"{len(rest)} training rows are left; give more, or a smaller --data.batch_size.")
+        parts = {"train": rest, "calibration": held}
+        chosen = {name: Texts([train.rows[i] for i in rows], train.labels[rows]) for name, rows in parts.items()}
+        self.parts = {**chosen, **splits}
+
+    def loader(self, part: str, **options: Any) -> DataLoader:
+        """Return a loader of one of `parts`."""
+        texts = self.parts[part]
+        pairs = [(t5.prompt(self.glue, row), label) for row, label in zip(texts.rows, texts.labels, strict=True)]
+
+        def collate(chosen: list[tuple[str, Tensor]]) -> Batch:
+            return Batch(
+                [text for text, _ in chosen], torch.stack([label for _, label in chosen]), part == "calibration"
+            )
+
+        return DataLoader(pairs, collate_fn=collate, **options)
+
+    def train_dataloader(self) -> DataLoader:
+        lengths = [sum(map(len, row)) for row in self.parts["train"].rows]
+        sampler = SimilarLengths(lengths, self.batch_size, self.seed)
+        return self.loader("train", batch_size=self.batch_size, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return [self.loader(name, batch_size=128) for name in self.glue.validation]
+
+    def calibration_dataloader(self) -> DataLoader:
+        """Give DeltaCompressionCallback training rows that were not trained on, in a fixed order."""
+        return self.loader("calibration", batch_size=self.batch_size)
+
+
+class T5(L.LightningModule):
+    """A pre-trained T5 that answers with a text.
+
+    Args:
+        task: What to answer; follows the data.
+        pretrained: `english`, a Hub model such as `google-t5/t5-base`, or a local folder with config.json,
+            model.safetensors and tokenizer.json.
+        revision: Revision of a Hub model.
+        lr: Peak learning rate of AdamW; it warms up over a tenth of the steps and falls as a cosine.
+        scoring: Which answers `val_score` is made of: `rank` takes the likeliest label, `generate` lets the model
+            write. Validation logs both.
+        max_length: Tokens after which a prompt is cut.
+    """
+
+    def __init__(
+        self,
+        task: str = "word_order",
+        pretrained: str = "english",
+        revision: str = "main",
+        lr: float = 1e-3,
+        scoring: Literal["rank", "generate"] = "rank",
+        max_length: int = 128,
+    ) -> None:
+        super().__init__()
+        self.task = TASKS[task]
+        self.folder = t5.find_folder(pretrained, revision)  # the base: the delta file gets its names
+        self.model, self.tokenizer = t5.load_t5(self.folder)
+        self.labels = t5.encode_labels(self.tokenizer, t5.label_texts(self.task))
+        self.lr, self.scoring, self.max_length = lr, scoring, max_length
+        names = [f"{split}_{way}" for split in self.task.validation for way in WAYS]
+        self.scores = nn.ModuleDict({name: task_metrics(self.task) for name in names})
+
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        return t5.encode(self.tokenizer, prompts, self.max_length, self.device)
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        return t5.log_likelihoods(self.model, self.encode(prompts), self.labels)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        seed_batch(self, batch_idx)
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        target = self.labels.target(t5.label_ids(self.task, batch.labels)).to(self.device)
+        loss = self.model(**self.encode(batch.prompts), labels=target).loss
+        self.log("train_loss", loss, batch_size=len(target))
+        return loss
+
+    def validation_step(self, batch: Batch, _: int, dataloader_idx: int = 0) -> None:
+        split = self.task.validation[dataloader_idx]
+        self.scores[f"{split}_rank"].update(t5.choose(self.task, self(batch.prompts)), batch.labels)
+        if not batch.fit:
+            texts = t5.generate(self.model, self.tokenizer, self.encode(batch.prompts), self.labels.longest)
+            self.scores[f"{split}_generate"].update(t5.read_answers(self.task, texts, batch.labels), batch.labels)
+
+    def on_validation_epoch_end(self) -> None:
+        first = self.task.metrics[0]
+        scored = {name: metrics for name, metrics in self.scores.items() if metrics[first].update_called}
+        values = {f"{name}_{metric}": value for name in scored for metric, value in t5.compute(scored[name]).items()}
+        self.log_dict({name.replace("validation", "val"): value for name, value in values.items()})
+        ways = [f"{self.task.validation[0]}_{way}_{first}" for way in (self.scoring, "rank")]
+        self.log("val_score", next(values[way] for way in ways if way in values), prog_bar=True)  # of fits, the rank
+        for metrics in scored.values():
+            metrics.reset()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return warmup_then_cosine(self, self.lr)
+
+
+def main() -> None:
+    links = {"data.task": "model.task", "model.folder": "compress.base"}
+    cli = open_recipe(T5, Prompts, PRESETS, monitor="val_score", links=links)
+    callback = cli.train()
+    if callback is not None:
+        picture(cli, callback)
+
+
+def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
+    """Draw what other keep rates would have cost, on a part of the rows, with labels ranked: that is fast."""
+    module, data, network = cli.model, cli.datamodule, cli.model.model
+    module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    task = data.glue
+    looked_at = (("train", LOOKED_AT["train"]), (task.validation[0], LOOKED_AT["validation"]))
+    train, val = ([*islice(data.loader(name, batch_size=128), most)] for name, most in looked_at)
+    truth = torch.cat([batch.labels for batch in val])
+
+    @torch.no_grad()
+    def score() -> float:
+        return t5.score(task, torch.cat([t5.choose(task, module(batch.prompts)) for batch in val]).cpu(), truth)
+
+    @torch.no_grad()
+    def probe() -> float:
+        states = [torch.cat([t5.mean_states(network, module.encode(b.prompts)) for b in part]) for part in (train, val)]
+        return t5.score(task, t5.probe(task, states[0], torch.cat([b.labels for b in train]), states[1]), truth)
+
+    inputs = [module.encode(batch.prompts) for batch in data.loader("calibration", batch_size=32)]
+    compare(
+        network,
+        callback,
+        callback.read_base(cli.trainer),
+        score=score,
+        probe=probe,
+        inputs=[t5.forward_arguments(network, batch, module.labels) for batch in inputs],
+        title=f"{data.dataset}, {task.name}: {len(truth)} prompts, labels ranked",
+        metric=task.metrics[0],
+    )
+
+
+if __name__ == "__main__":
+    run(main)
