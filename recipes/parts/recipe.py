@@ -125,6 +125,9 @@ class RecipeCLI(LightningCLI):
             self.compress(self.config.compress_only)
             return None
         self.trainer.fit(self.model, self.datamodule, ckpt_path=self.config.ckpt_path)
+        saver = self.trainer.checkpoint_callback
+        if isinstance(saver, ModelCheckpoint) and saver.save_last:  # Lightning's own is only as new as the best one
+            self.trainer.save_checkpoint(Path(saver.dirpath, "last.ckpt"))
         callback = next(c for c in self.trainer.callbacks if isinstance(c, DeltaCompressionCallback))
         written = self.trainer.is_global_zero and callback.outcome is not None
         return callback if written and self.config.compare else None
@@ -158,7 +161,8 @@ def load(module: nn.Module, path: str) -> None:
     """
     own, given = dtrain.read_weights(module), dtrain.read_weights(path)
     for name, tensor in own.tensors.items():
-        names = [name, *(alias for alias, first in own.aliases.items() if first == name)]  # tied: a file has one of them
+        # A file holds a tied tensor once, by any of its names.
+        names = [name, *(alias for alias, first in own.aliases.items() if first == name)]
         found = next((held for each in names if (held := given.get(each)) is not None), None)
         if found is None or found.shape != tensor.shape:
             what = "no such tensor" if found is None else f"the shape {list(found.shape)}"
