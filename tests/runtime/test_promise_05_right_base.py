@@ -1,10 +1,12 @@
-"""The right base or no result, and the sentence names what differs."""
+"""Promise 5: the right base or no result, and the sentence names what differs and what to do."""
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import dtrain
 from dtrain import BaseMismatchError, Dare, Rules
+from dtrain.cli import main
 from tests.methods.settings import module_of, raw, same_bits
 
 NAMES = ["enc.0.weight", "enc.0.bias", "enc.1.weight", "frozen", "steps", "dropped", "pooler"]
@@ -34,6 +36,9 @@ CHANGES = {
     **{f"without {name}": (lambda s, n=name: s.pop(n), name) for name in NAMES if name != "pooler"},
     "one tensor more": (lambda s: s.update(extra=torch.zeros(1)), "extra"),
     "renamed": (lambda s: s.update({"enc.2.weight": s.pop("enc.1.weight")}), "enc.1.weight"),
+    "behind a prefix": (lambda s: s.update({"model.enc.1.weight": s.pop("enc.1.weight")}), "enc.1.weight"),
+    "two exchanged": (lambda s: s.update(dropped=s["pooler"], pooler=s["dropped"]), "dropped"),
+    "transposed": (lambda s: s.update({"enc.0.weight": s["enc.0.weight"].t().contiguous()}), "enc.0.weight"),
     "other dtype": (lambda s: s.update({"enc.0.bias": s["enc.0.bias"].double()}), "enc.0.bias"),
     "same bits as integers": (lambda s: s.update(frozen=s["frozen"].view(torch.int32)), "frozen"),
     "other shape": (lambda s: s.update(frozen=s["frozen"].view(3, 4)), "frozen"),
@@ -42,16 +47,59 @@ CHANGES = {
 }
 
 
+ADVICE = "Give the model exactly as it was before fine-tuning"
+
+
 @pytest.mark.parametrize(("change", "name"), CHANGES.values(), ids=CHANGES.keys())
-def test_another_base_is_refused_by_name(pair, change, name):
+def test_another_base_is_refused_by_name(pair, change, name, tmp_path, capsys):
+    """By every door: those of a delta in memory and of its file, and by the commands."""
     base, delta = pair
-    delta.verify(base)
+    delta.save(tmp_path / "delta")
+    loaded = dtrain.load(tmp_path / "delta")
+    loaded.verify(base)
     other = dict(base)
     change(other)
     head = {"head.weight": torch.zeros(2, 3)}
-    for door in (delta.verify, delta.state_dict, lambda state: delta.apply_(module_of(state | head))):
-        with pytest.raises(BaseMismatchError, match=f"is not the base the delta was made from: it .*'{name}'"):
+    module = module_of(other | head)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    refusal = rf"is not the base the delta was made from: it .*'{name}'.*{ADVICE}"
+    for door in (delta.verify, loaded.verify, loaded.state_dict):
+        with pytest.raises(BaseMismatchError, match=refusal):
             door(other)
+    for one in (delta, loaded):
+        with pytest.raises(BaseMismatchError, match=refusal):
+            one.apply_(module)
+        assert same_bits(module.state_dict(), before)
+    save_file(other, tmp_path / "other.safetensors")
+    for command, *out in (("verify",), ("apply", str(tmp_path / "out.safetensors"))):
+        assert main([command, str(tmp_path / "other.safetensors"), str(tmp_path / "delta"), *out]) == 1
+        said = capsys.readouterr().err
+        assert "other.safetensors is not the base the delta was made from: it" in said
+        assert f"'{name}'" in said
+        assert ADVICE in said
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+BITS = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+
+
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+def test_any_one_bit_of_any_dtype(dtype):
+    """Of a tensor that did not change, so that only its digest speaks for it."""
+    data = bytearray(8 if dtype == torch.bool else 64)
+    base = {"changed": torch.zeros(2), "kept": torch.frombuffer(data, dtype=dtype)}
+    delta = dtrain.compress(base, {"changed": torch.ones(2), "kept": base["kept"].clone()}, Dare(keep=1))
+    for place in range(8 * len(data)):
+        if dtype == torch.bool and place % 8:
+            continue  # a byte of a bool is 0 or 1
+        data[place // 8] ^= 1 << place % 8
+        with pytest.raises(BaseMismatchError, match="has other values or another dtype in 'kept'"):
+            delta.verify(base)
+        data[place // 8] ^= 1 << place % 8
+    delta.verify(base)
 
 
 def test_the_finetuned_model_is_not_the_base(pair):
