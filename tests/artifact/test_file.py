@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,26 +175,3 @@ def test_loading_runs_nothing(tmp_path):
     opened = [Path(arguments[0]).name for event, arguments in seen if event == "open"]
     assert opened == ["delta"]
     assert not [event for event in seen if event[0] in FORBIDDEN]
-
-
-SCRIPT = """
-import hashlib, sys, torch, dtrain
-from dtrain.artifact import pack_file
-from tests.methods.settings import compress_zoo
-torch.set_num_threads(int(sys.argv[1]))
-for method in (dtrain.Dare(keep=0.1), dtrain.DareX(keep=0.3, q="norm", values="sign"), dtrain.Lossless()):
-    print(hashlib.sha256(b"".join(pack_file(compress_zoo(method)[2].content))).hexdigest())
-"""
-
-
-@pytest.mark.multiproc
-def test_six_processes_write_the_same_bytes():
-    def start(number):
-        environment = {**os.environ, "PYTHONHASHSEED": str(number), "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-c", SCRIPT, str(1 + number % 3)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-
-    with ThreadPoolExecutor(2) as pool:
-        outputs = list(pool.map(start, range(6)))
-    assert len(outputs[0].split()) == 3
-    assert len(set(outputs)) == 1
