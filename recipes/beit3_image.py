@@ -4,7 +4,8 @@
     python recipes/beit3_image.py --preset offline           # a small one on handwritten digits: minutes on two cores
     python recipes/beit3_image.py --data.dataset IMAGENET --data.workers 8      # train/CLASS/*.jpg and val/CLASS/*.jpg
     python recipes/beit3_image.py --model.pretrained beit3_base_patch16_224.pth                # an official checkpoint
-    python recipes/beit3_image.py --method SeededSign --fit Learn --fit.steps 50         # scales learnt after encoding
+    python recipes/beit3_image.py --method DareX --method.keep 0.03 --adamr.strength 0 --trainer.max_steps 200
+    python recipes/beit3_image.py --fit Learn --fit.steps 50                             # scales learnt after encoding
     python recipes/beit3_image.py ... --evaluate merged.safetensors           # only score weights, after `dtrain apply`
 
 `--data.dataset` is `digits`, a Hub data set, a folder of Parquet files in the Hub's schema (columns img, label), or a
@@ -36,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model.pretrained": HUB,
         "model.lr": 3e-5,
         "trainer.max_steps": 2000,
-        "method": {"class_path": "dtrain.DareX", "init_args": {"keep": 0.01}},
+        "method": {"class_path": "dtrain.SeededSign", "init_args": {"keep": 0.125, "q": "search"}},
         "trainer.precision": "bf16-mixed",
     },
     "offline": {
@@ -45,7 +46,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model.pretrained": "digits",
         "model.lr": 1e-3,
         "trainer.max_steps": 400,
-        "method": {"class_path": "dtrain.DareX", "init_args": {"keep": 0.1}},  # a small model has little to spare
+        # A small model has little to spare.
+        "method": {"class_path": "dtrain.SeededSign", "init_args": {"keep": 0.3, "q": "search"}},
     },
 }
 

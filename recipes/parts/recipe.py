@@ -177,4 +177,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except dtrain.DtrainError as error:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+        sys.exit(f"{Path(sys.argv[0]).stem}: {sentence(error)}")
+
+
+def sentence(error: Exception) -> str:
+    """Return what an error says; a process of a data loader has put its traceback before that."""
+    says = str(error)
+    return says.rpartition(f"{type(error).__name__}: ")[2].strip() if "in DataLoader worker process" in says else says

@@ -134,7 +134,7 @@ def test_the_hub_preset_says_what_timm_says_of_its_base():
     assert config.hf_hub_id
 
 
-def broken(folders: Path, tmp_path: Path, what: str) -> tuple[str, str]:
+def broken(tmp_path: Path, what: str) -> tuple[str, str]:
     """Arguments that cannot work."""
     splits = {"train": {"ant": 30, "bee": 30}, "val": {"ant": 2, "bee": 2}}
     if what == "val class missing":
@@ -146,7 +146,7 @@ def broken(folders: Path, tmp_path: Path, what: str) -> tuple[str, str]:
     if what == "empty class":
         splits["train"]["bee"] = 0
     root = write_images(tmp_path / "images", splits)
-    if what == "unreadable":
+    if what in ("unreadable", "workers"):
         (root / "train" / "bee" / "003.jpg").write_bytes(b"no image")
     if what == "cut short":
         whole = root / "val" / "ant" / "000.jpg"
@@ -166,11 +166,12 @@ def broken(folders: Path, tmp_path: Path, what: str) -> tuple[str, str]:
         ("empty class", r"Found no valid file for the classes bee"),
         ("unreadable", r"bee/003.jpg cannot be read as an image"),
         ("cut short", r"ant/000.jpg cannot be read as an image"),
+        ("workers", r"^beit3_image: \S+bee/003.jpg cannot be read as an image"),
     ],
 )
-def test_bad_folders_get_a_sentence(recipe, folders, tmp_path, what, sentence):
+def test_bad_folders_get_a_sentence(recipe, tmp_path, what, sentence):
     with pytest.raises(SystemExit, match=sentence):
-        recipe(*broken(folders, tmp_path, what))
+        recipe(*broken(tmp_path, what), f"--data.workers={int(what == 'workers')}")
     assert not list(tmp_path.rglob("delta.safetensors"))
 
 
