@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dtrain.artifact import Content, Role, find_shared, pack_file, read_file, resolve, write_file
-from dtrain.report import Report, summarise
+from dtrain.report import Report, summarise, visible
 from dtrain.runtime import apply_in_place, check_base, find_tensors, merged, remove_in_place, zero_base
 from dtrain.weights import Source, Weights, read_weights
 
@@ -41,7 +41,9 @@ class Delta:
 
     def __repr__(self) -> str:
         report = self.report()
-        return f"Delta({self.method}, {report.tensors} tensors, {report.file_bytes:,} bytes, {report.ratio:.1f}x)"
+        return (
+            f"Delta({visible(self.method)}, {report.tensors} tensors, {report.file_bytes:,} bytes, {report.ratio:.1f}x)"
+        )
 
     @property
     def method(self) -> str:

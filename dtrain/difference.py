@@ -107,7 +107,9 @@ def _is_base(base: Tensor | None, tuned: Tensor) -> bool:
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """Return the SHA-256 of every tensor; several at a time, since hashing releases the interpreter."""
-    with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
+    if torch.get_num_threads() == 1:
+        return {name: digest(tensor) for name, tensor in tensors.items()}
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
 
 

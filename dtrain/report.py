@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dtrain.artifact import Content, Record, Role
 from dtrain.rules import is_matrix, is_weight_or_bias, matches
@@ -130,16 +131,17 @@ class Report:
         """Return what the table does not show: a shared file, tensors stored whole or left out."""
         shared = f"needs the shared file of {self.shared_bytes:,} bytes, SHA-256 {self.shared}, not counted here"
         lines = [shared] if self.shared else []
-        lines += [f"stored whole: {', '.join(self.whole)}"] if self.whole else []
+        lines += [f"stored whole: {', '.join(map(visible, self.whole))}"] if self.whole else []
         if self.dropped:
             more = f" and {len(self.dropped) - _SHOWN} more" if len(self.dropped) > _SHOWN else ""
-            listed = ", ".join(self.dropped[:_SHOWN])
+            listed = ", ".join(map(visible, self.dropped[:_SHOWN]))
             lines += [f"changed, but left at the base (see the rules `drop` and `embeddings`): {listed}{more}"]
-        return lines + ([f"in the base only, left out: {', '.join(self.base_only)}"] if self.base_only else [])
+        left_out = ", ".join(map(visible, self.base_only))
+        return lines + ([f"in the base only, left out: {left_out}"] if self.base_only else [])
 
     def table(self) -> Table:
         """Return a rich table."""
-        table = Table(title=_call(self.method), title_justify="left", show_footer=True)
+        table = Table(title=Text(visible(_call(self.method))), title_justify="left", show_footer=True)
         table.add_column("tensors", footer="file")
         table.add_column("what was done")
         table.add_column("count", justify="right", footer=f"{self.tensors:,}")
@@ -165,8 +167,13 @@ class Report:
         console = Console(file=io.StringIO(), width=110)
         console.print(self.table())
         for line in self.notes():
-            console.print(line, highlight=False)
+            console.print(line, markup=False, highlight=False)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def visible(text: str) -> str:
+    """Return a name as it may be shown: what a file says must not move a terminal's cursor or ring its bell."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def summarise(content: Content, file_bytes: int, shared_bytes: int = 0) -> Report:

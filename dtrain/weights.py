@@ -106,6 +106,8 @@ def digest(tensor: Tensor) -> bytes:
 def tensor_bytes(tensor: Tensor) -> Tensor:
     """Return the bytes of a tensor, value by value, as uint8 on the CPU; shares memory where it can."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # of one element that was expanded: contiguous by name, and yet no view of bytes
+        flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
     return flat.view(torch.uint8) if flat.dtype != torch.uint8 else flat
 
 

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from dtrain.artifact.atomic import write_atomic
-from dtrain.artifact.manifest import pack_manifest, unpack_manifest
+from dtrain.artifact.manifest import NewerError, pack_manifest, unpack_manifest
 from dtrain.artifact.records import Content
-from dtrain.errors import ArtifactError
+from dtrain.errors import ArtifactError, InputError
 from dtrain.stages.bits import as_buffer
 
 FORMAT_VERSION = 1
 _DIGEST = 32
 _MAX_HEADER = 1 << 20
+_MAX_DEPTH = 32  # of provenance: what is parsed near the top of the stack must not fail when it is printed deeper down
+_MAX_BITS = 1 << 32  # of a weight, by a paper's accounting
+_PIECE = 1 << 24
+_PACKAGE = re.compile(r"[0-9]{1,4}(\.[0-9]{1,4}){0,3}")  # a version of dtrain, and nothing else: it goes into a command
+
+
+class _Header(NamedTuple):
+    """What the first bytes of a file say: provenance, and where manifest, payload and the file itself end."""
+
+    metadata: dict[str, Any]
+    start: int
+    manifest: int
+    total: int
 
 
 def write_file(path: str | Path, content: Content) -> int:
@@ -31,10 +45,19 @@ def write_file(path: str | Path, content: Content) -> int:
 
 
 def pack_file(content: Content) -> list[bytes | memoryview]:
-    """Return the bytes of a delta file, in chunks. The same content always gives the same bytes."""
+    """Return the bytes of a delta file, in chunks. The same content always gives the same bytes.
+
+    Raises:
+        InputError: If there is more of something than a file may have.
+    """
     manifest = pack_manifest(content.records, content.fingerprint, content.shared)
     payloads = [as_buffer(item.data) for record in content.records for item in record.payloads]
     header = _header(content.metadata, len(manifest), sum(map(len, payloads)))
+    if len(header) > _MAX_HEADER or _deeper(content.metadata, _MAX_DEPTH):
+        raise InputError(
+            f"the metadata of a delta take {len(header)} bytes, where {_MAX_HEADER} are the most, or are nested more "
+            f"than {_MAX_DEPTH} deep. Say less about the training or the adapter."
+        )
     chunks: list[bytes | memoryview] = [header, manifest, *payloads]
     sha = hashlib.sha256()
     for chunk in chunks:
@@ -54,12 +77,16 @@ def read_file(path: str | Path) -> Content:
         ArtifactError: If the file is missing, damaged, malformed or of a newer format.
     """
     try:
-        raw = bytearray(Path(path).read_bytes())
+        with Path(path).open("rb") as file:
+            raw = bytearray(file.read(8 + _MAX_HEADER))
+            header = _read_header(raw, path)  # a model given by mistake is refused before it takes memory
+            while len(raw) <= header.total and (more := file.read(min(_PIECE, header.total + 1 - len(raw)))):
+                raw += more
     except OSError as error:
         raise ArtifactError(
             path, "cannot be read", f"{error.strerror or error}. Give a file that dtrain wrote."
         ) from error
-    return unpack_file(raw, path)
+    return _unpack(raw, header, path)
 
 
 def unpack_file(raw: bytearray, path: object = "delta") -> Content:
@@ -68,14 +95,13 @@ def unpack_file(raw: bytearray, path: object = "delta") -> Content:
     Raises:
         ArtifactError: If anything about them is wrong. `path` is named in the message.
     """
-    metadata, start, manifest_size = _read_header(raw, path)
-    version = metadata.pop("format", None)
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            path,
-            "format version",
-            f"found {version!r}, this dtrain reads {FORMAT_VERSION}. Upgrade with: pip install -U dtrain",
-        )
+    return _unpack(raw, _read_header(raw, path), path)
+
+
+def _unpack(raw: bytearray, header: _Header, path: object) -> Content:
+    metadata, start, manifest_size, total = header
+    if len(raw) != total:
+        raise ArtifactError(path, "size", f"{len(raw)} bytes where {total} were written. Copy or download it again.")
     view = memoryview(raw)
     if hashlib.sha256(view[:-_DIGEST]).digest() != bytes(view[-_DIGEST:]):
         raise ArtifactError(
@@ -91,6 +117,8 @@ def unpack_file(raw: bytearray, path: object = "delta") -> Content:
     try:
         records, fingerprint, shared = unpack_manifest(manifest, payload)
         return Content(records, fingerprint, metadata, shared)
+    except NewerError as error:
+        raise ArtifactError(path, "format version", f"{error}. {_upgrade(metadata)}") from error
     except ValueError as error:
         tensor, _, detail = str(error).rpartition("\0")
         raise ArtifactError(
@@ -115,36 +143,59 @@ def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def _read_header(raw: bytearray, path: object) -> tuple[dict[str, Any], int, int]:
-    """Return (metadata, offset of the manifest, bytes of the manifest)."""
+def _read_header(raw: bytearray, path: object) -> _Header:
     size = int.from_bytes(raw[:8], "little")
     if len(raw) < 8 or size > min(_MAX_HEADER, len(raw) - 8):
-        raise ArtifactError(path, "header", f"{len(raw)} bytes are no delta file, or only its start.")
+        raise ArtifactError(path, "header", "this is no delta file of dtrain, or only the start of one.")
     try:
-        header = _parse(bytes(raw[8 : 8 + size]).decode())
-        metadata = _parse(header["__metadata__"]["dtrain"])
-        manifest, payload = (header[name]["shape"][0] for name in ("manifest", "payload"))
-        if not all(type(part) is int and part >= 0 for part in (manifest, payload)):
-            raise ValueError("sizes are whole numbers")
-        metadata["format"]
-        if not isinstance(metadata.get("method", {}), dict):
-            raise TypeError("a method is an object")
-        if type(metadata.get("nominal_bits", 0)) not in (int, float):
-            raise TypeError("bits are a number")
-        expected = _header({k: v for k, v in metadata.items() if k != "format"}, manifest, payload)
+        table = _parse(bytes(raw[8 : 8 + size]).decode())
+        metadata = _parse(table["__metadata__"]["dtrain"])
+        version = metadata.pop("format")
+        found = repr(version)[:40]
+        sizes = _sizes(table, metadata) if version == FORMAT_VERSION else None
+        expected = _header(metadata, *sizes) if sizes else b""
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ArtifactError(path, "header", "this is not a delta file of dtrain, or it is damaged.") from error
-    known = metadata["format"] == FORMAT_VERSION
+    if sizes is None:
+        detail = f"found {found}, this dtrain reads {FORMAT_VERSION}. {_upgrade(metadata)}"
+        raise ArtifactError(path, "format version", detail)
     # Everything in the header follows from three things, so it is compared as a whole: nothing can hide in it.
-    if known and (expected != bytes(raw[: len(expected)]) or len(expected) != 8 + size):
+    if expected != bytes(raw[: len(expected)]) or len(expected) != 8 + size:
         raise ArtifactError(path, "header", "the header is not in canonical form. Copy or download the file again.")
-    if known and len(raw) != len(expected) + manifest + payload + _DIGEST:
-        raise ArtifactError(
-            path,
-            "size",
-            f"{len(raw)} bytes where {len(expected) + manifest + payload + _DIGEST} were written. Copy it again.",
-        )
-    return metadata, 8 + size, manifest
+    return _Header(metadata, len(expected), sizes[0], len(expected) + sum(sizes) + _DIGEST)
+
+
+def _sizes(table: dict[str, Any], metadata: dict[str, Any]) -> tuple[int, int]:
+    """Return the bytes of manifest and payload. Refuses provenance that could not be printed or counted with."""
+    if not isinstance(metadata.get("method", {}), dict):
+        raise TypeError("a method is an object")
+    bits = metadata.get("nominal_bits", 0)
+    if type(bits) not in (int, float) or not abs(bits) <= _MAX_BITS:
+        raise TypeError("bits are a number")
+    if _deeper(metadata, _MAX_DEPTH):
+        raise ValueError("provenance is nested too deep")
+    json.dumps(metadata, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    manifest, payload = (table[name]["shape"][0] for name in ("manifest", "payload"))
+    if not all(type(part) is int and part >= 0 for part in (manifest, payload)):
+        raise ValueError("sizes are whole numbers")
+    return manifest, payload
+
+
+def _deeper(value: object, depth: int) -> bool:
+    """Return whether objects and lists are nested more than `depth` deep."""
+    if isinstance(value, dict):
+        value = list(cast("dict[str, object]", value).values())
+    if not isinstance(value, (list, tuple)):
+        return False
+    return depth == 0 or any(_deeper(item, depth - 1) for item in cast("list[object]", value))
+
+
+def _upgrade(metadata: dict[str, Any]) -> str:
+    """Return what to do about a file of a later dtrain. It says itself which one, but a file may say anything."""
+    needed = metadata.get("requires")
+    if isinstance(needed, str) and _PACKAGE.fullmatch(needed):
+        return f"The file needs dtrain {needed} or newer: pip install -U 'dtrain>={needed}'"
+    return "The file needs a newer dtrain: pip install -U dtrain"
 
 
 def _parse(text: object) -> dict[str, Any]:

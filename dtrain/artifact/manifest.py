@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dtrain.artifact.names import MAX_ALL_NAMES, NameCode, restore, shorten
 from dtrain.artifact.records import DIGEST_BYTES, DIGEST_FILE, MAX_PAYLOADS, Record, Role
-from dtrain.stages import SHARED, STAGES, All, Bits, Packed, Payload, Pipeline, Plain, Shared
+from dtrain.errors import InputError
+from dtrain.stages import SHARED, STAGES, All, Bits, Packed, Payload, Pipeline, Plain, Shared, check_size
 from dtrain.stages.bits import as_buffer
 from dtrain.stages.cursor import Cursor, varint
 
@@ -26,14 +27,28 @@ DTYPES: tuple[torch.dtype, ...] = (
 )  # fmt: skip
 
 _MAX_RANK = 64
+#: An entry of a few bytes becomes an object of a thousand: with no bound, 20 MB of file would take 2 GB of memory.
+_MAX_PIPELINES, _MAX_RECORDS, _MAX_ALL_PAYLOADS = 1 << 16, 1 << 18, 1 << 20
 _PAYLOADS = {Role.ADD: (0, MAX_PAYLOADS), Role.XOR: (1, 1), Role.WHOLE: (1, 1)}
 
 Kind = tuple[Role, torch.dtype, tuple[int, ...], tuple[Pipeline, ...]]
 
 
+class NewerError(ValueError):
+    """A file says something that this version of dtrain has no word for."""
+
+
 def pack_manifest(records: tuple[Record, ...], fingerprint: bytes, shared: bytes = b"") -> bytes:
-    """Return the manifest of `records`, which must be sorted by the UTF-8 bytes of their names."""
+    """Return the manifest of `records`, which must be sorted by the UTF-8 bytes of their names.
+
+    Raises:
+        InputError: If there are more tensors or payloads than a file may have.
+    """
     pipelines = list(dict.fromkeys(item.pipeline for record in records for item in record.payloads))
+    counts = (len(pipelines), len(records), sum(len(record.payloads) for record in records))
+    limits = (_MAX_PIPELINES, _MAX_RECORDS, _MAX_ALL_PAYLOADS)
+    if any(count > limit for count, limit in zip(counts, limits, strict=True)):
+        raise InputError(f"{counts} pipelines, tensors and payloads are more than {limits}. Split the model in two.")
     kinds = list(dict.fromkeys(_kind(record) for record in records))
     out = [fingerprint, varint(len(pipelines)), *map(_pack_pipeline, pipelines), shared, varint(len(kinds))]
     for role, dtype, shape, used in kinds:
@@ -60,15 +75,15 @@ def unpack_manifest(manifest: bytes, payload: Tensor) -> tuple[tuple[Record, ...
     """
     cursor = Cursor(manifest, "manifest")
     fingerprint = cursor.take(32)
-    pipelines = cursor.sequence(lambda: _read_pipeline(cursor))
+    pipelines = cursor.sequence(lambda: _read_pipeline(cursor), _MAX_PIPELINES)
     shared = cursor.take(DIGEST_FILE) if SHARED in pipelines else b""
     kinds = cursor.sequence(lambda: _read_kind(cursor, pipelines))
     names: list[bytes] = []
-    offset = name_bytes = 0
+    offset = name_bytes = payloads = 0
 
     def read_record() -> Record:
         """Read one record and take its payloads from where the one before ended."""
-        nonlocal offset, name_bytes
+        nonlocal offset, name_bytes, payloads
         name = restore(NameCode(cursor.varint(), cursor.varint(), cursor.varint(), cursor.take(cursor.varint())), names)
         if names and name <= names[-1]:
             raise ValueError("the tensor names are not in ascending order")
@@ -77,11 +92,14 @@ def unpack_manifest(manifest: bytes, payload: Tensor) -> tuple[tuple[Record, ...
         if name_bytes > MAX_ALL_NAMES:
             raise ValueError(f"the tensor names take more than {MAX_ALL_NAMES} bytes")
         role, dtype, shape, used = cursor.choose(kinds)
+        payloads += len(used)
+        if payloads > _MAX_ALL_PAYLOADS:
+            raise ValueError(f"the file has more than {_MAX_ALL_PAYLOADS} payloads")
         digest = b"" if role is Role.WHOLE else cursor.take(DIGEST_BYTES)
         items: list[Payload] = []
         for pipeline in used:
             (scale,) = cast("tuple[float]", cursor.unpack("<f"))
-            if not math.isfinite(scale):
+            if not math.isfinite(scale) or (scale != 1 and isinstance(pipeline.quantise, Bits)):
                 raise ValueError(f"{name.decode()}\0the scale is {scale}")
             if pipeline == SHARED:
                 items.append(Payload(pipeline, payload[:0], scale))
@@ -93,10 +111,14 @@ def unpack_manifest(manifest: bytes, payload: Tensor) -> tuple[tuple[Record, ...
             if checksum(data) != crc:
                 raise ValueError(f"{name.decode()}\0the payload's checksum does not match its bytes")
             items.append(Payload(pipeline, data, scale))
+            try:
+                check_size(items[-1], shape)
+            except ValueError as error:
+                raise ValueError(f"{name.decode()}\0{error}") from error
             offset += size
         return Record(name.decode(), role, dtype, shape, digest, tuple(items))
 
-    records = cursor.sequence(read_record)
+    records = cursor.sequence(read_record, _MAX_RECORDS)
     if cursor.left or offset != payload.numel():
         raise ValueError(f"{cursor.left} bytes of manifest and {payload.numel() - offset} of payload are left over")
     return tuple(records), fingerprint, shared
@@ -128,7 +150,7 @@ def _read_pipeline(cursor: Cursor) -> Pipeline:
         tag = cursor.take(1)[0]
         found = [stage for stage in choices if stage.tag == tag]
         if not found:
-            raise ValueError(f"{room} stage {tag} is unknown: the file needs a newer dtrain")
+            raise NewerError(f"{room} stage {tag} is unknown")
         stages.append(found[0](*cursor.unpack("<" + found[0].layout)))  # the stage checks its own parameters
     transform, select, quantise, code = stages
     return Pipeline(select, quantise, code, transform)
@@ -137,7 +159,7 @@ def _read_pipeline(cursor: Cursor) -> Pipeline:
 def _read_kind(cursor: Cursor, pipelines: list[Pipeline]) -> Kind:
     role_number, dtype_number = cursor.take(2)
     if role_number not in list(Role) or dtype_number >= len(DTYPES):
-        raise ValueError(f"role {role_number} or dtype {dtype_number} is unknown: the file needs a newer dtrain")
+        raise NewerError(f"role {role_number} or dtype {dtype_number} is unknown")
     role, dtype = Role(role_number), DTYPES[dtype_number]
     shape = tuple(cursor.sequence(cursor.varint, limit=_MAX_RANK))
     if math.prod(max(size, 1) for size in shape) >= 1 << 48:

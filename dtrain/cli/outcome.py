@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dtrain.artifact import Record
 from dtrain.methods.catalogue import Entry, shown
-from dtrain.report import Report
+from dtrain.report import Report, visible
 
 _WIDTH = 120  # where the output is no terminal, whose width would be known
 
@@ -62,7 +62,7 @@ def tensor_table(records: Sequence[Record]) -> tuple[list[dict[str, Any]], Table
     for row in rows:
         shape = " x ".join(map(str, row["shape"])) or "scalar"
         scales = " ".join(f"{scale:.4g}" for scale in row["scales"])
-        table.add_row(row["name"], row["role"], row["dtype"], shape, f"{row['payload_bytes']:,}", scales)
+        table.add_row(visible(row["name"]), row["role"], row["dtype"], shape, f"{row['payload_bytes']:,}", scales)
     return rows, table
 
 

@@ -4,7 +4,7 @@ from dtrain.stages.code import Packed, Parts, Rans, Zstd
 from dtrain.stages.index import Indexed
 from dtrain.stages.mixed import Mixed
 from dtrain.stages.philox import random_order
-from dtrain.stages.pipeline import STAGES, Decoded, Payload, Pipeline, decode, encode, kept_values, rebuild
+from dtrain.stages.pipeline import STAGES, Decoded, Payload, Pipeline, check_size, decode, encode, kept_values, rebuild
 from dtrain.stages.quantise import (
     Affine,
     BFloat16,
@@ -63,6 +63,7 @@ __all__ = [
     "Zstd",
     "balanced",
     "blocks",
+    "check_size",
     "decode",
     "encode",
     "kept_values",

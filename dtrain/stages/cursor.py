@@ -37,10 +37,11 @@ class Cursor:
 
     def take(self, size: int) -> bytes:
         """Read `size` bytes."""
-        if size > self.left:
+        start, stop = self._at, self._at + size
+        if stop > len(self._data):
             raise ValueError(f"the {self._what} ends after {self.left} of {size} bytes")
-        self._at += size
-        return bytes(self._data[self._at - size : self._at])
+        self._at = stop
+        return bytes(self._data[start:stop])
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
         """Read the fields of a `struct` layout."""
@@ -61,8 +62,9 @@ class Cursor:
     def sequence(self, read: Callable[[], _T], limit: int | None = None) -> list[_T]:
         """Read a count and as many items."""
         count = self.varint()
-        if count > min(self.left, limit or count):  # every item takes a byte at least: no allocation beyond the file
-            raise ValueError(f"a list of {count} items does not fit the {self.left} bytes left")
+        most = min(self.left, limit or count)  # every item takes a byte at least: no allocation beyond the file
+        if count > most:
+            raise ValueError(f"a list has {count} items where {most} are the most")
         return [read() for _ in range(count)]
 
     def choose(self, options: list[_T]) -> _T:

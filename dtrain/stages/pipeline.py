@@ -172,7 +172,7 @@ def decode(payload: Payload, name: str, shape: Sequence[int], device: torch.devi
     """
     transform, select, quantise, code = _stages(payload.pipeline)
     grid = transform.grid(shape)
-    _check_size(payload, grid, shape)
+    check_size(payload, shape)
     if isinstance(quantise, Shared):
         raise ValueError("the payload refers to a shared file, which was not put in its place")
     cursor = Cursor(as_buffer(payload.data))
@@ -229,9 +229,16 @@ def kept_values(payload: Payload, shape: Sequence[int]) -> int:
     return max(0, min(most, room))  # fewer bytes than the blocks need are no honest file's
 
 
-def _check_size(payload: Payload, grid: Grid, shape: Sequence[int]) -> None:
-    """Refuse what cannot fit before a mask is drawn, whose cost grows with the tensor and not with the data."""
-    _, select, quantise, code = _stages(payload.pipeline)
+def check_size(payload: Payload, shape: Sequence[int]) -> None:
+    """Refuse what cannot fit before a mask is drawn, whose cost grows with the tensor and not with the data.
+
+    Raises:
+        ValueError: If the bytes are too few or too many, or hold more positions than there are.
+    """
+    transform, select, quantise, code = _stages(payload.pipeline)
+    grid = transform.grid(shape)
+    if isinstance(select, Indexed) and (count := Cursor(as_buffer(payload.data)).varint()) > math.prod(grid):
+        raise ValueError(f"{count} positions do not fit a tensor of {math.prod(grid)}")
     if not isinstance(code, Packed) or isinstance(select, Indexed) or isinstance(quantise, Mixed):
         return
     side = quantise.side_bytes(-(-math.prod(grid) // quantise.group) if quantise.group else 1)

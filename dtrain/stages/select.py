@@ -59,7 +59,8 @@ class Bernoulli:
         """Return the kept positions of the tensor called `name`: int64, ascending, all less than rows * columns."""
         numel = math.prod(grid)
         key = stream_key(self.seed, name)
-        low, high = (table.to(device) for table in _gap_tables(self.keep))
+        reach = (numel // _GAP_TABLE).bit_length()  # what lies beyond the tensor's end need not be told apart
+        low, high = (table.to(device) for table in _gap_tables(self.keep, reach))
         found: list[Tensor] = []
         last, drawn = -1, 0
         while last < numel - 1:
@@ -91,7 +92,7 @@ class Stratified:
     keep**2 / 4. Above one half, the *dropped* positions are the stratified ones.
 
     Args:
-        keep: Share of positions kept, in [2**-24, 1).
+        keep: Share of positions kept, in [2**-24, 1 - 2**-24].
         seed: Seed of the mask, in [0, 2**64). One seed gives every tensor its own mask, by its name.
     """
 
@@ -102,6 +103,10 @@ class Stratified:
 
     def __post_init__(self) -> None:
         check_mask(self.keep, self.seed)
+        if 1 - self.keep < MIN_KEEP:
+            raise InputError(
+                f"`keep` of a stratified mask must be 1 or at most 1 - 2**-24, got {self.keep}. Use keep=1."
+            )
 
     def positions(self, name: str, grid: Grid, device: torch.device | str = "cpu") -> Tensor:
         """Return the kept positions of the tensor called `name`: int64, ascending, all less than rows * columns."""
@@ -158,8 +163,8 @@ def _invert(table: Tensor, draw: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _gap_tables(keep: float) -> tuple[Tensor, Tensor]:
-    """Return P(low >= g) and P(high >= g) for g = 1, 2, ... as 32-bit integers, descending.
+def _gap_tables(keep: float, reach: int) -> tuple[Tensor, Tensor]:
+    """Return P(low >= g) and P(high >= g) for g = 1, 2, ..., at most 2**reach, as 32-bit integers, descending.
 
     A geometric gap splits into two independent parts, 1024 * high + low: `high` is geometric with the 1024th power of
     the failure rate, `low` is the same geometric law cut off at 1024.
@@ -174,7 +179,7 @@ def _gap_tables(keep: float) -> tuple[Tensor, Tensor]:
     low = [((p - cut) << 32) // (_ONE - cut) for p in low_powers]
     high: list[int] = []
     tail = cut
-    while tail >> 96:
+    while tail >> 96 and len(high) < 1 << reach:
         high.append(tail >> 96)
         tail = tail * cut >> 128
     return torch.tensor(low, dtype=torch.int64), torch.tensor(high, dtype=torch.int64)
