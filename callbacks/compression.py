@@ -39,7 +39,7 @@ from dtrain.callbacks.strategies import refuse_sharded
 from dtrain.callbacks.trade import Trade
 from dtrain.callbacks.watch import DeltaWatch, When, check_when
 from dtrain.callbacks.weights_and_biases import log_to_wandb
-from dtrain.callbacks.writing import write_delta
+from dtrain.callbacks.writing import show, write_delta
 from dtrain.compression import compress
 from dtrain.delta import Delta
 from dtrain.errors import InputError
@@ -296,8 +296,8 @@ class DeltaCompressionCallback(pl.Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called after everything else that ends training: show the table below what others had to say."""
-        if self.outcome is not None and trainer.is_global_zero:
-            self.outcome.show()
+        if not _is_trial(trainer):
+            show(trainer, self.outcome)
 
     def read_base(self, trainer: pl.Trainer) -> Weights:
         """Return the weights that the fine-tuning started from, also after a resume.

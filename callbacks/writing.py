@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dtrain.artifact.atomic import make_folder
-from dtrain.callbacks.outcome import run_folder
+from dtrain.callbacks.outcome import Outcome, run_folder
 from dtrain.delta import Delta
 from dtrain.errors import DtrainError
 
@@ -28,6 +29,17 @@ def write_delta(trainer: pl.Trainer, delta: Delta, path: str | Path | None) -> P
 
     on_first_rank(trainer, write)
     return place
+
+
+def show(trainer: pl.Trainer, outcome: Outcome | None) -> None:
+    """Print the table of an outcome, or say why there is none: a run that was over does not train, and so not end."""
+    if outcome is None:
+        rank_zero_warn(
+            "DeltaCompressionCallback: nothing was trained, so nothing was compressed: the checkpoint is from the end "
+            "of its run. Give it to dtrain.callbacks.compress_finished, or train for longer."
+        )
+    elif trainer.is_global_zero:
+        outcome.show()
 
 
 def on_first_rank(trainer: pl.Trainer, write: Callable[[], None]) -> None:

@@ -1,5 +1,7 @@
 """The errors dtrain raises. Each message says what was given, what was expected, and what to do."""
 
+from __future__ import annotations
+
 
 class DtrainError(Exception):
     """Anything dtrain refuses to do. Catch this one to catch them all."""
@@ -35,3 +37,8 @@ class ArtifactError(DtrainError):
         where = f"{path}" if tensor is None else f"{path}, tensor {tensor!r}"
         super().__init__(f"{where}: {check}: {detail}")
         self.path, self.check, self.tensor = path, check, tensor
+        self._given = (path, check, detail, tensor)
+
+    def __reduce__(self) -> tuple[type[ArtifactError], tuple[object, str, str, str | None]]:
+        """Pickle what it was made of: an error may have to be told to another process."""
+        return type(self), self._given

@@ -1,8 +1,7 @@
-"""When DeltaCompressionCallback does nothing or refuses: dry runs, crashes, interrupts, the order of callbacks."""
+"""When DeltaCompressionCallback does nothing or refuses: dry runs, other stages, the order of callbacks."""
 
 from __future__ import annotations
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
@@ -19,13 +18,10 @@ from tests.callbacks.models import (
     QUIET,
     SEARCH,
     Classifier,
-    Crash,
     checkpoints,
     compress,
     fit,
     make_trainer,
-    same,
-    state,
     val_loader,
 )
 
@@ -54,58 +50,6 @@ class TestGuards:
         trainer.predict(module, val_loader())
         assert callback.outcome is None
         assert not list(tmp_path.rglob("*.safetensors*"))
-
-    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-    @pytest.mark.parametrize("when", ["training", "search", "measure"])
-    def test_failed_or_interrupted(self, tmp_path, error, when):
-        path = tmp_path / "out" / "delta.safetensors"
-        path.parent.mkdir()
-        path.write_bytes(b"old")
-
-        class Breaks(Classifier):
-            def validation_step(self, batch, batch_idx):
-                if when == "search" and self.trainer.global_step == 6 and self.trainer.limit_val_batches == 8:
-                    raise error("broken")
-                super().validation_step(batch, batch_idx)
-
-        class Last(pl.Callback):
-            def on_train_end(self, trainer, pl_module):
-                self.state = state(pl_module)
-
-        class Unwritable(DeltaCompressionCallback):
-            def _measure(self, *_):
-                raise error("broken")
-
-        kind = Unwritable if when == "measure" else DeltaCompressionCallback
-        last, callback, module = Last(), kind(SEARCH, path), Breaks()
-        crash = [Crash(1, error)] if when == "training" else []
-        with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
-            fit(module, tmp_path, last, callback, *crash)
-        files = list(path.parent.iterdir())
-        assert files == [path]
-        assert (path.read_bytes() == b"old") == (when != "measure")
-        assert callback.outcome is None
-        if when != "training":
-            assert same(state(module), last.state)
-            assert not module.model.body._forward_pre_hooks
-            assert "setup" not in vars(module)
-
-    def test_an_interrupt_of_the_search_is_one_of_the_run(self, tmp_path):
-        class Interrupted(Classifier):
-            def validation_step(self, batch, batch_idx):
-                if self.trainer.limit_val_batches == 8:
-                    raise KeyboardInterrupt
-                super().validation_step(batch, batch_idx)
-
-        class Notes(pl.Callback):
-            def on_exception(self, trainer, pl_module, exception):
-                self.seen = (trainer, pl_module.trainer, type(exception))
-
-        notes = Notes()
-        with pytest.raises(SystemExit):
-            fit(Interrupted(), tmp_path, notes, compress(method=SEARCH))
-        assert notes.seen[0] is notes.seen[1]
-        assert notes.seen[2] is KeyboardInterrupt
 
     def test_a_path_that_cannot_be(self, tmp_path):
         module = Classifier()

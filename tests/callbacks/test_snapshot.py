@@ -303,6 +303,30 @@ class TestPath:
         with pytest.raises(InputError, match=r"no tensor of the module by name.*Give the weights of this model"):
             fit(Classifier(), tmp_path, compress(tmp_path, base=tmp_path / "base.safetensors"))
 
+    def one_bit(self, state):
+        bits = state["model.body.weight"].view(torch.int32)
+        bits[0, 0] ^= 1
+        return state
+
+    CHANGES = (
+        one_bit,
+        lambda self, state: {name: tensor for name, tensor in state.items() if name != "model.body.bias"},
+        lambda self, state: state | {"model.extra": torch.zeros(1)},
+        lambda self, state: {name.replace("body.bias", "body.shift"): tensor for name, tensor in state.items()},
+        lambda self, state: state | {"model.body.bias": state["model.body.bias"].double()},
+        lambda self, state: state | {"model.body.bias": state["model.body.bias"].view(4, 4)},
+    )
+
+    @pytest.mark.parametrize("change", CHANGES, ids=["one bit", "missing", "extra", "renamed", "dtype", "shape"])
+    def test_a_changed_one_on_resume(self, tmp_path, change):
+        base = self.whole(tmp_path / "base")
+        crash(tmp_path, [compress(tmp_path, base=base)])
+        save_file(change(self, load_file(base)), tmp_path / "other.safetensors")
+        module = shaken()
+        with pytest.raises(InputError, match=r"begun with another base than .*other\.safetensors.*Resume it with the"):
+            resume(tmp_path, compress(tmp_path, base=tmp_path / "other.safetensors"), module=module)
+        assert not (tmp_path / "delta.safetensors").exists()
+
     def test_another_one_on_resume(self, tmp_path):
         base = self.whole(tmp_path / "base")
         crash(tmp_path, [compress(tmp_path, base=base)])

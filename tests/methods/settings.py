@@ -253,7 +253,8 @@ def module_of(state: dict[str, torch.Tensor]) -> nn.Module:
 
 def raw(tensor: torch.Tensor) -> bytes:
     """Return the tensor's bytes, row by row."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
