@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DtrainError as error:
         return _complain(error, FAILED)
     except KeyboardInterrupt:
-        return _complain("interrupted; no file was written.", INTERRUPTED)
+        return _complain("interrupted; no half-written file is left.", INTERRUPTED)
     return DONE
 
 
