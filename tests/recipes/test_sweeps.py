@@ -1,0 +1,222 @@
+"""The sweep files: expanded by W&B's own agent, run offline, read back; the objective; what a missing W&B is told."""
+
+import json
+import os
+import random
+import runpy
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from parts.offline_runs import history, records
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from wandb import wandb_agent
+
+import dtrain
+
+# Lightning and its loggers warn about many things that are no fault of the recipe.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).parents[2]
+MODEL = {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
+SWEEPS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "recipes/sweeps").glob("*.yaml")}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with the recipes, a tiny model, and nothing of W&B but what these tests leave there."""
+    import wandb
+
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_args": MODEL}))
+    torch.manual_seed(0)
+    save_file(VisionTransformer(**MODEL).state_dict(), tmp_path / "model" / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("DATA", "CACHE", "CONFIG"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb" / name.lower()))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")  # pytest captures it
+    before = dict(os.environ)
+    yield tmp_path
+    wandb.teardown()
+    for name in os.environ.keys() - before.keys():  # what agents leave for the processes that they start
+        del os.environ[name]
+    os.environ.update(before)
+
+
+SHORT = [
+    "--data.dataset=digits",
+    "--data.batch_size=32",
+    "--data.calibration=32",
+    "--model.pretrained=model",
+    "--trainer.max_steps=12",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+def run_script(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", list(arguments))
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+class InThisProcess:
+    """Stands for the agent's process: the same command line and environment, without importing everything again."""
+
+    commands: list
+
+    def __init__(self, command, env, **_):
+        import wandb
+
+        self.commands.append(command)
+        os.environ.update(env)
+        try:
+            run_script(self.monkeypatch, *command[2:])
+            self.code = 0
+        except SystemExit as error:
+            self.code = error.code
+        finally:
+            wandb.finish()
+            wandb.teardown()  # the next one reads its environment anew
+
+    def wait(self):
+        return self.code
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    made = type("Made", (InThisProcess,), {"commands": [], "monkeypatch": monkeypatch})
+    monkeypatch.setattr(wandb_agent, "AgentProcess", made)
+    return made
+
+
+def expand(monkeypatch, sweep, values):
+    """Return the command line that W&B's agent makes of a sweep file and the values of a trial."""
+    commands = []
+    monkeypatch.setattr(wandb_agent, "AgentProcess", lambda command, env, **_: commands.append(command))
+    agent = wandb_agent.Agent(None, None, sweep_id="s")
+    agent._sweep_command = list(sweep["command"])
+    arguments = {name: {"value": value} for name, value in values.items()}
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    with pytest.raises(AttributeError):  # of the process that is none
+        agent._command_run({"type": "run", "run_id": "r", "program": sweep["program"], "args": arguments})
+    return commands[0]
+
+
+@pytest.mark.parametrize(("name", "backwards"), [*product(SWEEPS, (False, True))])
+def test_the_agent_makes_a_command_line_that_the_recipe_reads(place, monkeypatch, capsys, name, backwards):
+    values = {"adamr.strength": 0.02, "compress.fit_on": "logits", "method": "SeededSign", "method.keep": 0.0625}
+    values = {key: values[key] for key in sorted(SWEEPS[name]["parameters"], reverse=backwards)}
+    command = expand(monkeypatch, SWEEPS[name], values)
+    assert command[:4] == ["/usr/bin/env", "python", "recipes/vit_cifar.py", "--config=recipes/vit_cifar.yaml"]
+    assert command[-len(values) :] == [f"--{key}={value}" for key, value in values.items()]
+    monkeypatch.setattr(sys, "argv", [*command[2:], "--print_config"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path("recipes/vit_cifar.py", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert ended.value.code in (0, None)
+    config = yaml.safe_load(printed)
+    assert config["method"]["class_path"] == "dtrain.SeededSign"
+    assert config["method"]["init_args"]["keep"] == 0.0625
+    assert config["fit"]["class_path"] == "dtrain.Search"
+    assert config["compress"]["path"] is None
+    for key, value in values.items():
+        if not key.startswith("method"):
+            group, option = key.split(".")
+            assert config[group][option] == value
+    assert SWEEPS[name]["metric"] == {"name": "dtrain/objective", "goal": "minimize"}
+
+
+def trials_of(place, name):
+    runs = sorted((place / "runs/sweeps" / name / "wandb").glob("offline-run-*/run-*.wandb"))
+    return [(run.stem.removeprefix("run-"), list(records(run)), history(run)) for run in runs]
+
+
+def last(logged):
+    return {name: value for values in logged for name, value in values.items()}
+
+
+def sweep(monkeypatch, capsys, name, *arguments):
+    capsys.readouterr()
+    run_script(monkeypatch, "recipes/sweep_offline.py", f"recipes/sweeps/{name}.yaml", *arguments, *SHORT)
+    return capsys.readouterr().out
+
+
+def check_trials(place, name, printed, count):
+    found = trials_of(place, name)
+    assert len(found) == count
+    for run, kept, logged in found:
+        values = last(logged)
+        delta = place / f"runs/sweeps/{name}/offline/{run}/delta.safetensors"
+        assert values["dtrain/bytes"] == delta.stat().st_size
+        assert f"{values['dtrain/bytes']:,}" in printed
+        assert f"{values['dtrain/objective']:.3f}" in printed
+        artifacts = {record.artifact.type: record.artifact for record in kept if record.HasField("artifact")}
+        metadata = json.loads(artifacts["delta"].metadata)
+        assert metadata["bytes"] == values["dtrain/bytes"]
+        assert metadata["method"] == dtrain.load(delta).content.metadata["method"]
+        assert metadata["base_fingerprint"] == dtrain.load(delta).content.fingerprint.hex()
+        assert {entry.path for entry in artifacts["delta"].manifest.contents} == {
+            "delta.safetensors",
+            "outcome.table.json",
+        }
+        assert values["dtrain/outcome.nrows"] == 4
+    assert (place / f"runs/sweeps/{name}/score_against_bytes.png").stat().st_size > 10_000
+    return found
+
+
+def config_of(kept):
+    items = [item for record in kept if record.HasField("run") for item in record.run.config.update]
+    items += [item for record in kept if record.HasField("config") for item in record.config.update]
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def test_three_trials_of_one_finished_run(place, monkeypatch, capsys, in_this_process):
+    fine_tune = ["recipes/vit_cifar.py", "--preset=offline", "--compare=false", "--trainer.logger=false", *SHORT]
+    run_script(monkeypatch, *fine_tune)
+    checkpoints = {path: path.read_bytes() for path in (place / "runs/vit_cifar/checkpoints").iterdir()}
+    printed = sweep(monkeypatch, capsys, "compress", "--trials", "3")
+    found = check_trials(place, "compress", printed, 3)
+    tuned = {last(logged)["dtrain/metric_finetuned"] for _, _, logged in found}
+    assert len(tuned) == 1  # nothing was trained
+    assert {path: path.read_bytes() for path in (place / "runs/vit_cifar/checkpoints").iterdir()} == checkpoints
+    drawn = runpy.run_path("recipes/sweep_offline.py")["draw"]
+    rng = random.Random(0)
+    for _, kept, _ in found:  # W&B knows what was varied, and what the recipe's own parser made of it
+        values = drawn(SWEEPS["compress"]["parameters"], rng)
+        config = config_of(kept)
+        assert {name: config[name] for name in values} == values
+        assert config["seed_everything"] == 0
+
+
+def test_three_trials_that_train(place, monkeypatch, capsys, in_this_process):
+    printed = sweep(monkeypatch, capsys, "train", "--trials", "3", "--trainer.val_check_interval=3")
+    for _, _, logged in check_trials(place, "train", printed, 3):
+        objectives = [values["dtrain/objective"] for values in logged if "dtrain/objective" in values]
+        assert len(objectives) == 5  # after each of four validations, and of the file
+        steps = [values["trainer/global_step"] for values in logged if "dtrain/objective" in values]
+        assert steps[-1] == 12
+    assert not list((place / "runs").rglob("*.ckpt"))
+
+
+def test_a_trial_in_a_process_of_its_own(place, monkeypatch, capsys):
+    run_script(
+        monkeypatch, "recipes/vit_cifar.py", "--preset=offline", "--compare=false", "--trainer.logger=false", *SHORT
+    )
+    printed = sweep(monkeypatch, capsys, "compress", "--trials", "1")
+    check_trials(place, "compress", printed, 1)
+    assert "SeededSign" in printed or "DareX" in printed or "Magnitude" in printed
+
+
+def test_a_failing_trial_says_why(place, monkeypatch, capsys, in_this_process):
+    with pytest.raises(SystemExit, match="ended with exit code"):
+        sweep(monkeypatch, capsys, "compress", "--trials", "1")  # there is no finished run
