@@ -3,14 +3,81 @@
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+from torch.utils.data import DataLoader
 
 from dtrain.errors import InputError
 from parts.corpus import next_sentence, word_order
-from parts.glue import TASKS, GlueTask, Texts
+from parts.glue import TASKS, GlueTask, Texts, find_task
+from parts.sampling import SimilarLengths
 
 OFFLINE = {"word_order": word_order, "next_sentence": next_sentence}
 ENGLISH = "english"
+
+
+class TextData(L.LightningDataModule):
+    """A task of GLUE: texts, or pairs of texts, as they are; the model has the tokenizer.
+
+    Args:
+        dataset: `english`, a Hub data set such as `nyu-mll/glue`, or a folder of Parquet files in its schema.
+        task: One of GLUE's tasks, `subj`, `word_order` or `next_sentence`; None is what the folder is named after,
+            `word_order` of `english`, and `sst2` of `nyu-mll/glue`.
+        revision: Commit, branch or tag of a Hub data set.
+        batch_size: Rows per batch.
+        calibration: Training rows that are held out, for fitting scales; never used for training.
+        train_limit: Use this many training rows at most; 0 for all.
+        seed: Order of the training rows, together with the epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: str = ENGLISH,
+        task: str | None = None,
+        revision: str = "main",
+        batch_size: int = 32,
+        calibration: int = 256,
+        train_limit: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.glue = find_task(dataset, task)
+        self.dataset, self.task, self.batch_size, self.seed = dataset, self.glue.name, batch_size, seed
+        splits = read_texts(dataset, self.glue, revision)
+        train = splits.pop("train")
+        order = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(0))
+        held, rest = order[:calibration], order[calibration:][: train_limit or None]
+        if len(rest) < batch_size:
+            raise InputError(f"{len(rest)} training rows are left; give more, or a smaller --data.batch_size.")
+        self.parts = {"train": chosen(train, rest), "calibration": chosen(train, held)}
+        # Neighbours of similar length waste little on padding.
+        self.parts |= {name: chosen(texts, torch.tensor(lengths(texts)).argsort()) for name, texts in splits.items()}
+
+    def loader(self, part: str, batch_size: int, **options: Any) -> DataLoader:
+        """Return a loader of "train", "calibration" or a validation split; batches have their texts by column."""
+        rows = list(zip(self.parts[part].rows, self.parts[part].labels, strict=True))
+        return DataLoader(rows, batch_size, **options)
+
+    def train_dataloader(self) -> DataLoader:
+        sampler = SimilarLengths(lengths(self.parts["train"]), self.batch_size, self.seed)
+        return self.loader("train", self.batch_size, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return [self.loader(name, 64) for name in self.glue.validation]
+
+    def calibration_dataloader(self) -> DataLoader:
+        """Give DeltaCompressionCallback training rows that were not trained on, in a fixed order."""
+        return self.loader("calibration", self.batch_size)
+
+
+def chosen(texts: Texts, rows: torch.Tensor) -> Texts:
+    """Return some rows in the given order."""
+    return Texts([texts.rows[row] for row in rows.tolist()], texts.labels[rows])
+
+
+def lengths(texts: Texts) -> list[int]:
+    """Return how many characters every row has."""
+    return [sum(map(len, row)) for row in texts.rows]
 
 
 def read_texts(dataset: str, task: GlueTask, revision: str = "main") -> dict[str, Texts]:
