@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from typing import Any, cast
 
@@ -38,6 +39,12 @@ def log_to_wandb(trainer: pl.Trainer, outcome: Outcome, delta: Delta) -> None:
         artifact.add(wandb.Table(columns=list(COLUMNS), data=rows), "outcome")
         run.log_artifact(artifact)
         logger.log_table("dtrain/outcome", columns=list(COLUMNS), data=rows, step=trainer.global_step)
+
+
+def check_installed() -> None:
+    """Raise an InputError if there is no W&B to log to."""
+    if importlib.util.find_spec("wandb") is None:
+        raise InputError("W&B is not installed. For its sweeps and its WandbLogger: pip install wandb.")
 
 
 def check_wandb(trainer: pl.Trainer) -> None:

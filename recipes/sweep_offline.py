@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dtrain
+from dtrain.callbacks.weights_and_biases import check_installed
 from dtrain.progress import progress
 from parts.offline_runs import summary
 from parts.recipe import run
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     given, rest = parser.parse_known_args()
+    check_installed()
     sweep, folder = read_sweep(given.sweep), FOLDER / given.sweep.stem
     rng = random.Random(given.seed)  # noqa: S311 - no secret is drawn
     draws = [draw(sweep["parameters"], rng) for _ in range(given.trials)]

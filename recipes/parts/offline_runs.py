@@ -5,15 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wandb.proto.wandb_internal_pb2 import Record
-
 from dtrain.errors import InputError
 
 MAGIC, BLOCK, HEADER = b":W&B", 1 << 15, 7  # a log file of LevelDB: pieces of records in blocks of 32 KiB
 
 
-def records(path: Path) -> Iterator[Record]:
-    """Give the records in the order in which they were written."""
+def records(path: Path) -> Iterator[Any]:
+    """Give the records, which are protocol buffers of W&B, in the order in which they were written."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
     content = path.read_bytes()
     if not content.startswith(MAGIC):
         raise InputError(f"{path} is no run of W&B.")

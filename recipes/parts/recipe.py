@@ -14,7 +14,7 @@ from torch import nn
 
 import dtrain
 from dtrain.callbacks import AdamRCallback, DeltaCompressionCallback, compress_finished
-from dtrain.callbacks.weights_and_biases import check_wandb
+from dtrain.callbacks.weights_and_biases import check_installed, check_wandb
 from parts.presets import choose_preset
 
 Presets = Mapping[str, Mapping[str, Any]]
@@ -109,6 +109,11 @@ class RecipeCLI(LightningCLI):
                 **self.values,
             }
         )
+
+    def before_instantiate_classes(self) -> None:
+        """Say now, and in a sentence, that W&B is missing: the parser would list all that a logger may be."""
+        if "WandbLogger" in str(self.config.trainer.logger):
+            check_installed()
 
     def train(self) -> DeltaCompressionCallback | None:
         """Fine-tune, or resume, and compress; with `--compress_only` only that; with `--evaluate` only score weights.

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from parts.offline_runs import history, records
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from wandb import wandb_agent
 
 import dtrain
+from parts.offline_runs import history, records
 
 # Lightning and its loggers warn about many things that are no fault of the recipe.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -190,7 +190,7 @@ def test_three_trials_of_one_finished_run(place, monkeypatch, capsys, in_this_pr
     assert len(tuned) == 1  # nothing was trained
     assert {path: path.read_bytes() for path in (place / "runs/vit_cifar/checkpoints").iterdir()} == checkpoints
     drawn = runpy.run_path("recipes/sweep_offline.py")["draw"]
-    rng = random.Random(0)
+    rng = random.Random(0)  # noqa: S311 - no secret is drawn
     for _, kept, _ in found:  # W&B knows what was varied, and what the recipe's own parser made of it
         values = drawn(SWEEPS["compress"]["parameters"], rng)
         config = config_of(kept)
@@ -220,3 +220,51 @@ def test_a_trial_in_a_process_of_its_own(place, monkeypatch, capsys):
 def test_a_failing_trial_says_why(place, monkeypatch, capsys, in_this_process):
     with pytest.raises(SystemExit, match="ended with exit code"):
         sweep(monkeypatch, capsys, "compress", "--trials", "1")  # there is no finished run
+
+
+def test_missing_wandb(place, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="pip install wandb"):
+        run_script(monkeypatch, "recipes/vit_cifar.py", "--preset=offline", "--trainer.logger=WandbLogger", *SHORT)
+    with pytest.raises(SystemExit, match="pip install wandb"):
+        sweep(monkeypatch, capsys, "compress")
+
+
+def test_nobody_logged_in(place, monkeypatch):
+    monkeypatch.setenv("NETRC", str(place / "netrc"))
+    with pytest.raises(SystemExit, match=r"`wandb login`, or keep the run on this machine: set WANDB_MODE=offline"):
+        run_script(monkeypatch, "recipes/vit_cifar.py", "--preset=offline", "--trainer.logger=WandbLogger", *SHORT)
+    assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (None, "there is no sweep file"),
+        ({"program": "x"}, "has no metric, parameters, command; it has program"),
+        ({"parameters": {"keep": {"distribution": "normal", "mu": 0}}}, "no draws from 'normal'"),
+    ],
+)
+def test_sweep_files_that_cannot_be_run_here(place, monkeypatch, lines, sentence):
+    path = place / "sweep.yaml"
+    if lines is not None:
+        path.write_text(yaml.safe_dump(lines if "program" in lines else {**SWEEPS["compress"], **lines}))
+    with pytest.raises(SystemExit, match=sentence):
+        run_script(monkeypatch, "recipes/sweep_offline.py", str(path))
+
+
+def test_draws_follow_the_distributions():
+    drawn = runpy.run_path(str(ROOT / "recipes/sweep_offline.py"))["draw"]
+    parameters = {
+        "fixed": {"value": "x"},
+        "one": {"values": [1, 2, 3]},
+        "whole": {"distribution": "int_uniform", "min": 1, "max": 3},
+        "plain": {"min": 0.5, "max": 1.0},
+        "log": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1.0},
+    }
+    rng = random.Random(1)  # noqa: S311 - no secret is drawn
+    draws = [drawn(parameters, rng) for _ in range(400)]
+    assert {values["fixed"] for values in draws} == {"x"}
+    assert {values["one"] for values in draws} == {values["whole"] for values in draws} == {1, 2, 3}
+    assert all(0.5 <= values["plain"] <= 1 for values in draws)
+    assert sum(values["log"] < 1e-2 for values in draws) == pytest.approx(200, abs=40)
