@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dtrain
-from dtrain.artifact.atomic import SUFFIX, write_atomic
+from dtrain.artifact.atomic import write_atomic
 from dtrain.progress import progress
 
 BYTES = 3_000_000
@@ -40,6 +40,7 @@ BYTES = 3_000_000
 class Writer:
     """How a version is written and read back: `read` returns the tensor that tells the versions apart."""
 
+    suffix: str
     versions: Sequence[Any]
     save: Callable[[Any, Path], object]
     read: Callable[[Path], Tensor]
@@ -67,9 +68,9 @@ def writers() -> dict[str, Writer]:
         return dtrain.load(path).content.records[0].payloads[0].data
 
     return {
-        "dtrain Delta.save": Writer(deltas, lambda delta, path: delta.save(path), payload),
-        "torch.save": Writer(states, torch.save, lambda path: torch.load(path, weights_only=True)["w"]),
-        "safetensors save_file": Writer(states, save_file, lambda path: load_file(path)["w"]),
+        "dtrain Delta.save": Writer(".safetensors", deltas, lambda delta, path: delta.save(path), payload),
+        "torch.save": Writer(".pt", states, torch.save, lambda path: torch.load(path, weights_only=True)["w"]),
+        "safetensors save_file": Writer(".safetensors", states, save_file, lambda path: load_file(path)["w"]),
     }
 
 
@@ -96,9 +97,10 @@ def kill_loop(writer: Writer, path: Path, kills: int, advance: Callable[[str], N
         if not good:
             path.unlink(missing_ok=True)
             writer.save(writer.versions[0], path)
-        for left in path.parent.glob(f".*{SUFFIX}"):
-            temporaries += 1
-            left.unlink()
+        for other in path.parent.iterdir():
+            if other != path:
+                temporaries += 1
+                other.unlink()
         advance(f"{damaged + mixed} corrupt")
     return Row(kills, damaged, mixed, temporaries, size, round(1000 * typical, 2))
 
@@ -143,16 +145,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)  # a process that is forked inherits no threads
+    machine = {"system": platform.system(), "cores": os.cpu_count(), "python": platform.python_version()}
+    packages = {name: version(name) for name in ("dtrain", "torch", "safetensors")}
     rows: dict[str, Row] = {}
     for name, writer in writers().items():
         with tempfile.TemporaryDirectory() as folder, progress(name, args.kills) as advance:
-            rows[name] = kill_loop(writer, Path(folder) / "file.safetensors", args.kills, advance)
+            rows[name] = kill_loop(writer, Path(folder) / f"file{writer.suffix}", args.kills, advance)
+        if args.out:  # an hour's work must not be lost with the next writer
+            found = {"machine": machine, "packages": packages, "writers": {n: asdict(row) for n, row in rows.items()}}
+            write_atomic(args.out, [(json.dumps(found, indent=1) + "\n").encode()])
     report(rows)
-    if args.out:
-        machine = {"system": platform.system(), "cores": os.cpu_count(), "python": platform.python_version()}
-        packages = {name: version(name) for name in ("dtrain", "torch", "safetensors")}
-        told = {"machine": machine, "packages": packages, "writers": {name: asdict(row) for name, row in rows.items()}}
-        write_atomic(args.out, [(json.dumps(told, indent=1) + "\n").encode()])
 
 
 if __name__ == "__main__":
