@@ -42,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data.revision": "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c",
         "model.pretrained": "FacebookAI/roberta-base",
         "model.revision": "e2da8e2f811d1448a5b465c236feacd80ffbac7b",
+        "model.lr": 2e-5,
         "trainer.max_steps": 5000,
         "trainer.precision": "bf16-mixed",
         "method": {"class_path": "dtrain.DareX", "init_args": {"keep": 0.01}},
@@ -66,7 +67,7 @@ class Encoder(L.LightningModule):
         pretrained: `english`, a Hub model such as `FacebookAI/roberta-base`, or a local folder.
         revision: Commit, branch or tag of a Hub model.
         lr: Peak learning rate of AdamW; it warms up over a tenth of the steps and falls as a cosine. None is 1e-3 for
-            the small base that is made here, and 3e-5 for any other.
+            the small base that is made here, and 5e-5 for any other.
         max_length: Tokens after which a text, or the longer one of a pair, is cut.
     """
 
@@ -83,7 +84,7 @@ class Encoder(L.LightningModule):
         self.task = TASKS[task]
         self.model, self.tokenizer = load_encoder(pretrained, self.task, revision)
         check_length(self.model, max_length)
-        self.lr = (1e-3 if pretrained == "english" else 3e-5) if lr is None else lr
+        self.lr = (1e-3 if pretrained == "english" else 5e-5) if lr is None else lr
         self.max_length = max_length
         self.scores = nn.ModuleList(task_metrics(self.task) for _ in self.task.validation)
 

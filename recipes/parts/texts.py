@@ -145,6 +145,8 @@ def to_texts(table: Any, task: GlueTask, where: str) -> Texts:
         hint = f" They fit {', '.join(fits)}: see --data.task." if fits else ""
         raise InputError(f"{where}: the columns are {found}, without {missing}, which {task.name!r} needs.{hint}")
     rows = list(zip(*(table[name].to_pylist() for name in task.columns), strict=True))
+    if empty := [index for index, row in enumerate(rows) if not all(isinstance(text, str) for text in row)]:
+        raise InputError(f"{where}: row {empty[0]} has no text in {' or '.join(task.columns)}: {rows[empty[0]]}.")
     return Texts(rows, to_labels(table["label"].to_pylist(), task, where))
 
 
