@@ -5,7 +5,7 @@
     python recipes/beit3_image.py --data.dataset IMAGENET --data.workers 8      # train/CLASS/*.jpg and val/CLASS/*.jpg
     python recipes/beit3_image.py --model.pretrained beit3_base_patch16_224.pth                # an official checkpoint
     python recipes/beit3_image.py --method DareX --method.keep 0.03 --adamr.strength 0 --trainer.max_steps 200
-    python recipes/beit3_image.py --fit Learn --fit.steps 50                             # scales learnt after encoding
+    python recipes/beit3_image.py --fit null                                   # a scale from the method's own search
     python recipes/beit3_image.py ... --evaluate merged.safetensors           # only score weights, after `dtrain apply`
 
 `--data.dataset` is `digits`, a Hub data set, a folder of Parquet files in the Hub's schema (columns img, label), or a
@@ -46,8 +46,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model.pretrained": "digits",
         "model.lr": 1e-3,
         "trainer.max_steps": 400,
-        # A small model has little to spare.
+        # A small model has little to spare. This, and that scales are learnt, was chosen on a quarter of the training
+        # images: fine-tuned 0.880, linear probe 0.806, this file 0.829, with one searched scale 0.663.
         "method": {"class_path": "dtrain.SeededSign", "init_args": {"keep": 0.3, "q": "search"}},
+        "fit": {"class_path": "dtrain.Learn", "init_args": {"steps": 60}},
     },
 }
 
