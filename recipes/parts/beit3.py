@@ -51,9 +51,7 @@ class Beit3Config:
         return self.image_size // self.patch_size
 
 
-SMALL = Beit3Config(
-    width=64, depth=3, heads=4, image_size=8, patch_size=2, vocabulary=64, positions=66
-)  # for handwritten digits
+SMALL = Beit3Config(width=48, depth=2, heads=4, image_size=8, patch_size=4, vocabulary=64, positions=66)  # for digits
 BASE = Beit3Config()
 LARGE = Beit3Config(width=1024, depth=24, heads=16)
 
@@ -252,11 +250,12 @@ class Beit3ForPairs(nn.Module):
 
 
 def initialise(layer: nn.Module) -> None:
-    """Draw the weights of one layer as BEiT does."""
-    if isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv2d)):
-        nn.init.trunc_normal_(layer.weight, std=0.02)
+    """Draw the weights of one layer in the scale of its width: BEiT's 0.02 for all is meant for a width of 768."""
     if isinstance(layer, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_normal_(layer.weight)
         nn.init.zeros_(layer.bias)
+    elif isinstance(layer, nn.Embedding):
+        nn.init.normal_(layer.weight, std=layer.embedding_dim**-0.5)
 
 
 def config_of(weights: Mapping[str, Tensor], origin: str) -> Beit3Config:

@@ -5,15 +5,14 @@ of its image. It sees one digit at a time, never two, and no image that the fine
 """
 
 import json
-from collections.abc import Sequence
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 import dtrain
 from dtrain.errors import InputError
@@ -23,9 +22,11 @@ from parts.digit_pairs import NUMBERS, WordTokenizer, pad_tokens
 from parts.image_pairs import hold_out
 from parts.images import crop_and_flip, read_digits
 
+DIGITS = range(10)
 HEAD_WIDTH = 64  # of both official sizes
 
 CACHE = Path("runs/cache/beit3_digits_base")
+STEPS, BATCH_SIZE = 1200, 96  # of the pre-training
 WHERE = "The official ones are at github.com/addf400/files/releases/download/beit3, beit3_base_patch16_224.pth say."
 
 
@@ -72,17 +73,20 @@ def load_backbone(model: Beit3ForPairs, weights: dtrain.Weights) -> None:
         tensor.copy_(found)
 
 
-def caption(digit: int, rng: np.random.Generator, true: bool) -> str:
-    """Return a caption of one image, true or false of the digit it shows."""
-    kind, other = rng.integers(3), (digit + rng.integers(1, 10)) % 10
-    if kind == 0:
-        return f"the image shows the digit {NUMBERS[digit if true else other]}"
-    if kind == 1:
-        return f"the digit is {('even', 'odd')[(digit + (not true)) % 2]}"
-    return f"the digit {NUMBERS[other]} is {('smaller', 'larger')[bool(other > digit) == true]}"
+def captions() -> dict[str, list[bool]]:
+    """Return every caption of one digit, and of which digits it is true."""
+    said = {
+        f"the image shows the digit {NUMBERS[named]}": lambda digit, named=named: digit == named for named in DIGITS
+    }
+    said |= {f"the digit {NUMBERS[than]} is larger": lambda digit, than=than: than > digit for than in DIGITS[1:]}
+    said |= {f"the digit {NUMBERS[than]} is smaller": lambda digit, than=than: than < digit for than in DIGITS[:-1]}
+    said |= {
+        f"the digit is {kind}": lambda digit, odd=odd: digit % 2 == odd for odd, kind in enumerate(("even", "odd"))
+    }
+    return {text: [holds(digit) for digit in DIGITS] for text, holds in said.items()}
 
 
-def pretrain_on_captions(steps: int = 800, batch_size: int = 96) -> Path:
+def pretrain_on_captions() -> Path:
     """Train the small base on captions of single digits, once, and return its file."""
     path = CACHE / "model.safetensors"
     if path.exists():
@@ -91,14 +95,13 @@ def pretrain_on_captions(steps: int = 800, batch_size: int = 96) -> Path:
     rest = hold_out(len(labels), len(labels) // 8)[1]  # what fits look at is not trained on
     with torch.random.fork_rng(devices=[]):  # whether the base was cached must not change the fine-tuning
         torch.manual_seed(0)
-        rng = np.random.default_rng(0)
         task = Captions()
-        optimizer = torch.optim.AdamW(task.parameters(), lr=2e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-        with progress("pre-training the base on captions of digits", steps) as advance:
-            for _ in range(steps):
-                chosen = torch.tensor(rng.choice(rest, batch_size))
-                loss = task(crop_and_flip(images[chosen], flip=False).float() / 127.5 - 1, labels[chosen].tolist(), rng)
+        optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS, pct_start=0.1)
+        with progress("pre-training the base on captions of digits", STEPS) as advance:
+            for _ in range(STEPS):
+                chosen = torch.tensor(rest)[torch.randint(len(rest), (BATCH_SIZE,))]
+                loss = task(crop_and_flip(images[chosen], flip=False).float() / 127.5 - 1, labels[chosen])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -111,24 +114,29 @@ def pretrain_on_captions(steps: int = 800, batch_size: int = 96) -> Path:
 
 
 class Captions(nn.Module):
-    """The pre-training: guess hidden words of true captions, and tell true captions from false ones."""
+    """The pre-training: which captions are true of an image, whether the one beside it is, and hidden words of it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokenizer = WordTokenizer()
         self.beit3 = Beit3(SMALL)
-        self.words, self.truth = nn.Linear(SMALL.width, SMALL.vocabulary), nn.Linear(2 * SMALL.width, 2)
+        self.words, self.truth = nn.Linear(SMALL.width, SMALL.vocabulary), nn.Linear(SMALL.width, 1)
+        tokenizer, said = WordTokenizer(), captions()
+        self.mask = len(tokenizer)
+        self.tokens, self.padding = pad_tokens([tokenizer(text) for text in said])
+        self.holds = torch.tensor(list(said.values())).T.float()  # of a digit, a caption
 
-    def forward(self, images: Tensor, digits: Sequence[int], rng: np.random.Generator) -> Tensor:
-        """Return the loss; words are hidden in the first half of the batch, the second half is true or false."""
-        half = len(digits) // 2
-        truth = [index < half or bool(rng.integers(2)) for index in range(len(digits))]
-        said = [caption(digit, rng, true) for digit, true in zip(digits, truth, strict=True)]
-        tokens, padding = pad_tokens([self.tokenizer(text) for text in said])
-        hidden = (torch.rand(tokens.shape) < 0.5) & (tokens > 2)  # half the words, and none of <s>, padding and </s>
-        hidden[half:] = False
-        found = self.beit3(images, tokens.masked_fill(hidden, len(self.tokenizer)), padding)
-        text = found[:, self.beit3.image_tokens :]
-        both = torch.cat((found[half:, 0], text[half:, 0]), dim=-1)
-        guessed = cross_entropy(self.words(text[hidden]), tokens[hidden])
-        return guessed + cross_entropy(self.truth(both), torch.tensor(truth[half:]).long())
+    def forward(self, images: Tensor, digits: Tensor) -> Tensor:
+        """Return the loss of a batch; a third of the captions are true and have hidden words."""
+        holds, third = self.holds[digits], len(digits) // 3
+        chosen = torch.multinomial(torch.cat((holds[:third], holds[third:] + 0.5)), 1)[:, 0]
+        tokens, padding = self.tokens[chosen], self.padding[chosen]
+        hidden = (torch.rand(tokens.shape) < 0.5) & (tokens > 2)  # words, and not <s>, </s> or padding
+        hidden[third:] = False
+        found = self.beit3(images, tokens.masked_fill(hidden, self.mask), padding)
+        pictures, said = found[:, 0], found[:, self.beit3.image_tokens :]
+        texts = self.beit3(None, self.tokens, self.padding)[:, 0]
+        of_all = binary_cross_entropy_with_logits(pictures @ texts.T / math.sqrt(SMALL.width), holds)
+        of_one = holds.gather(1, chosen[:, None])[third:, 0]
+        beside = binary_cross_entropy_with_logits(self.truth(said[third:, 0])[:, 0], of_one)
+        words = cross_entropy(self.words(said[hidden]), tokens[hidden])
+        return of_all + beside + words
