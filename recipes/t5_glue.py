@@ -20,22 +20,22 @@ The file holds the embedding once: in T5 it is the output layer as well, so the 
 leaves the word embeddings of encoders at the base. The two tables of relative positions are compressed likewise.
 """
 
+from functools import partial
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from dtrain.callbacks import DeltaCompressionCallback
-from dtrain.errors import InputError
 from parts import t5
 from parts.compare import compare
-from parts.glue import TASKS, Texts, find_task, task_metrics
+from parts.glue import TASKS, task_metrics
+from parts.probe import probe_states
 from parts.recipe import RecipeCLI, open_recipe, run
-from parts.sampling import SimilarLengths
-from parts.texts import read_texts
+from parts.texts import TextData
 from parts.training import seed_batch, warmup_then_cosine
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -59,77 +59,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": {"class_path": "dtrain.DareX", "init_args": {"keep": 0.1}},  # a small model has little to spare
     },
 }
-LOOKED_AT = {"train": 32, "validation": 8}  # batches of 128 rows that the picture is drawn from
+LOOKED_AT = {"train": 64, "validation": 32}  # batches of 64 rows at most that the picture is drawn from
 WAYS = ("rank", "generate")
 
-
-class Batch(NamedTuple):
-    """Prompts with what is right: class ids or numbers; `fit` if they are there to fit scales on, not to be scored."""
-
-    prompts: list[str]
-    labels: Tensor
-    fit: bool = False
+Batch = tuple[list[tuple[str, ...]], Tensor]  # the texts, column by column, and the labels
 
 
-class Prompts(L.LightningDataModule):
-    """A task of GLUE as prompts.
-
-    Args:
-        dataset: `english`, a Hub data set such as `nyu-mll/glue`, or a folder of Parquet files in its schema.
-        task: One of GLUE's tasks, `word_order` or `next_sentence`; None if the folder is named after it.
-        revision: Revision of a Hub data set.
-        batch_size: Prompts per batch.
-        calibration: Training rows that are held out, for fitting scales; never used for training.
-        train_limit: Use this many training rows at most; 0 for all.
-        seed: Order of the training rows, together with the epoch.
-    """
-
-    def __init__(
-        self,
-        dataset: str = "english",
-        task: str | None = None,
-        revision: str = "main",
-        batch_size: int = 64,
-        calibration: int = 256,
-        train_limit: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        self.glue = find_task(dataset, task)
-        self.dataset, self.task, self.batch_size, self.seed = dataset, self.glue.name, batch_size, seed
-        splits = read_texts(dataset, self.glue, revision)
-        train = splits.pop("train")
-        order = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(0))
-        held, rest = order[:calibration], order[calibration:][: train_limit or None]
-        if len(rest) < batch_size:
-            raise InputError(f"{len(rest)} training rows are left; give more, or a smaller --data.batch_size.")
-        parts = {"train": rest, "calibration": held}
-        chosen = {name: Texts([train.rows[i] for i in rows], train.labels[rows]) for name, rows in parts.items()}
-        self.parts = {**chosen, **splits}
-
-    def loader(self, part: str, **options: Any) -> DataLoader:
-        """Return a loader of one of `parts`."""
-        texts = self.parts[part]
-        pairs = [(t5.prompt(self.glue, row), label) for row, label in zip(texts.rows, texts.labels, strict=True)]
-
-        def collate(chosen: list[tuple[str, Tensor]]) -> Batch:
-            return Batch(
-                [text for text, _ in chosen], torch.stack([label for _, label in chosen]), part == "calibration"
-            )
-
-        return DataLoader(pairs, collate_fn=collate, **options)
-
-    def train_dataloader(self) -> DataLoader:
-        lengths = [sum(map(len, row)) for row in self.parts["train"].rows]
-        sampler = SimilarLengths(lengths, self.batch_size, self.seed)
-        return self.loader("train", batch_size=self.batch_size, sampler=sampler, drop_last=True)
-
-    def val_dataloader(self) -> list[DataLoader]:
-        return [self.loader(name, batch_size=128) for name in self.glue.validation]
+class Prompts(TextData):
+    """A task of GLUE; rows to fit scales on come with a third item, which says that their labels are ranked only."""
 
     def calibration_dataloader(self) -> DataLoader:
-        """Give DeltaCompressionCallback training rows that were not trained on, in a fixed order."""
-        return self.loader("calibration", batch_size=self.batch_size)
+        def marked(rows: list[tuple[tuple[str, ...], Tensor]]) -> tuple[list[tuple[str, ...]], Tensor, bool]:
+            return (*default_collate(rows), True)
+
+        return self.loader("calibration", self.batch_size, collate_fn=marked)
 
 
 class T5(L.LightningModule):
@@ -164,27 +107,29 @@ class T5(L.LightningModule):
         names = [f"{split}_{way}" for split in self.task.validation for way in WAYS]
         self.scores = nn.ModuleDict({name: task_metrics(self.task) for name in names})
 
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode(self, columns: list[tuple[str, ...]]) -> dict[str, Tensor]:
+        prompts = [t5.prompt(self.task, row) for row in zip(*columns, strict=True)]
         return t5.encode(self.tokenizer, prompts, self.max_length, self.device)
 
-    def forward(self, prompts: list[str]) -> Tensor:
-        return t5.log_likelihoods(self.model, self.encode(prompts), self.labels)
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return t5.log_likelihoods(self.model, inputs, self.labels)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         seed_batch(self, batch_idx)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        target = self.labels.target(t5.label_ids(self.task, batch.labels)).to(self.device)
-        loss = self.model(**self.encode(batch.prompts), labels=target).loss
+        target = self.labels.target(t5.label_ids(self.task, batch[1])).to(self.device)
+        loss = self.model(**self.encode(batch[0]), labels=target).loss
         self.log("train_loss", loss, batch_size=len(target))
         return loss
 
     def validation_step(self, batch: Batch, _: int, dataloader_idx: int = 0) -> None:
-        split = self.task.validation[dataloader_idx]
-        self.scores[f"{split}_rank"].update(t5.choose(self.task, self(batch.prompts)), batch.labels)
-        if not batch.fit:
-            texts = t5.generate(self.model, self.tokenizer, self.encode(batch.prompts), self.labels.longest)
-            self.scores[f"{split}_generate"].update(t5.read_answers(self.task, texts, batch.labels), batch.labels)
+        columns, labels, *only_ranked = batch
+        inputs, split = self.encode(columns), self.task.validation[dataloader_idx]
+        self.scores[f"{split}_rank"].update(t5.choose(self.task, self(inputs)), labels)
+        if not only_ranked:
+            texts = t5.generate(self.model, self.tokenizer, inputs, self.labels.longest)
+            self.scores[f"{split}_generate"].update(t5.read_answers(self.task, texts, labels), labels)
 
     def on_validation_epoch_end(self) -> None:
         first = self.task.metrics[0]
@@ -212,21 +157,22 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
     """Draw what other keep rates would have cost, on a part of the rows, with labels ranked: that is fast."""
     module, data, network = cli.model, cli.datamodule, cli.model.model
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    task = data.glue
-    looked_at = (("train", LOOKED_AT["train"]), (task.validation[0], LOOKED_AT["validation"]))
-    train, val = ([*islice(data.loader(name, batch_size=128), most)] for name, most in looked_at)
-    truth = torch.cat([batch.labels for batch in val])
+    task, split = module.task, module.task.validation[0]
+    looked_at = (("train", LOOKED_AT["train"]), (split, LOOKED_AT["validation"]))
+    train, val = (
+        [(module.encode(texts), labels) for texts, labels in islice(data.loader(name, 64), most)]
+        for name, most in looked_at
+    )
+    truth = torch.cat([labels for _, labels in val])
 
     @torch.no_grad()
     def score() -> float:
-        return t5.score(task, torch.cat([t5.choose(task, module(batch.prompts)) for batch in val]).cpu(), truth)
+        return t5.score(task, torch.cat([t5.choose(task, module(inputs)) for inputs, _ in val]).cpu(), truth)
 
-    @torch.no_grad()
     def probe() -> float:
-        states = [torch.cat([t5.mean_states(network, module.encode(b.prompts)) for b in part]) for part in (train, val)]
-        return t5.score(task, t5.probe(task, states[0], torch.cat([b.labels for b in train]), states[1]), truth)
+        return t5.score(task, *probe_states(partial(t5.mean_states, network), train, val))
 
-    inputs = [module.encode(batch.prompts) for batch in data.loader("calibration", batch_size=32)]
+    inputs = [module.encode(texts) for texts, _ in data.loader("calibration", 32)]
     compare(
         network,
         callback,
@@ -234,7 +180,7 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
         score=score,
         probe=probe,
         inputs=[t5.forward_arguments(network, batch, module.labels) for batch in inputs],
-        title=f"{data.dataset}, {task.name}: {len(truth)} prompts, labels ranked",
+        title=f"{data.dataset}, {task.name}: {len(truth)} texts, labels ranked",
         metric=task.metrics[0],
     )
 

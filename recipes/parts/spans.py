@@ -10,10 +10,12 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from dtrain.progress import progress
 from parts.corpus import split_english
+from parts.docstrings import docstrings
 
 CACHE = Path("runs/cache/t5_english_base")
 RATE, SPAN = 0.15, 3  # share of the tokens that is masked, and mean length of a span: those of the T5 paper
 LENGTH, BATCH, STEPS = 64, 32, 500  # tokens of a piece of text, pieces per step, steps
+PEAK = 3e-2  # of the learning rate, relative to the size of a tensor
 SENTINELS = 20
 VOCABULARY = 1024
 SMALL = {
@@ -70,11 +72,15 @@ def train_tokenizer(sentences: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
+def texts() -> list[str]:
+    """Return what there is to pre-train on: the training documents, and the docstrings."""
+    return [sentence for document in [*split_english()["train"], *docstrings()] for sentence in document]
+
+
 def pieces(tokenizer: Tokenizer) -> Tensor:
-    """Return the training documents as one text, cut into pieces of `LENGTH` tokens."""
-    texts = [sentence for document in split_english()["train"] for sentence in document]
-    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
-    tokens = torch.tensor([token for text in encoded for token in text.ids])
+    """Return the training texts as one, cut into pieces of `LENGTH` tokens."""
+    encoded = tokenizer.encode_batch(texts(), add_special_tokens=False)
+    tokens = torch.tensor([token for sentence in encoded for token in sentence.ids])
     return tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
@@ -90,18 +96,35 @@ def corrupted(tokenizer: Tokenizer, steps: int) -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": source, "labels": target}
 
 
+@torch.no_grad()
+def look_at_neighbours(model: T5ForConditionalGeneration) -> None:
+    """Let two heads of the encoder and one of the decoder begin at the token next to theirs.
+
+    Large models find out by themselves. A minute is too short for that, and without it nothing but the frequencies of
+    the tokens would be learnt.
+    """
+    encoder, decoder = (stack.block[0].layer[0].SelfAttention for stack in (model.encoder, model.decoder))
+    after = encoder.relative_attention_num_buckets // 2 + 1  # the buckets of what follows are the second half
+    encoder.relative_attention_bias.weight[1, 0] += 4.0
+    encoder.relative_attention_bias.weight[after, 1] += 4.0
+    decoder.relative_attention_bias.weight[1, 0] += 4.0
+
+
 def pretrain_on_english(steps: int = STEPS) -> Path:
     """Train the small base, once, and return its folder: laid out as one of the Hub."""
-    if (CACHE / "model.safetensors").exists():
+    if CACHE.is_dir():
         return CACHE
-    sentences = [sentence for document in split_english()["train"] for sentence in document]
-    tokenizer = train_tokenizer(sentences)
+    tokenizer = train_tokenizer(texts())
     config = T5Config(vocab_size=tokenizer.get_vocab_size(), decoder_start_token_id=0, **SMALL)
     with torch.random.fork_rng(devices=[]):  # whether the base was cached must not change the fine-tuning
         torch.manual_seed(0)
         model = T5ForConditionalGeneration(config).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+        look_at_neighbours(model)
+        # T5's own optimizer: its steps go with the size of a tensor, and the embedding is eight times the matrices.
+        optimizer = torch.optim.Adafactor(model.parameters(), lr=PEAK)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, PEAK, total_steps=steps, pct_start=0.1, cycle_momentum=False
+        )
         with progress("pre-training the base by span corruption", steps) as advance:
             for batch in corrupted(tokenizer, steps):
                 loss = model(**batch).loss
@@ -110,7 +133,7 @@ def pretrain_on_english(steps: int = STEPS) -> Path:
                 optimizer.step()
                 schedule.step()
                 advance(f"loss {loss.item():.3f}")
-    CACHE.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(CACHE / "tokenizer.json"))
-    model.save_pretrained(CACHE)  # last: the weights' presence says that the folder is whole
-    return CACHE
+    unfinished = CACHE.with_name(f"{CACHE.name}.unfinished")  # a run that is killed leaves no half of a base
+    model.save_pretrained(unfinished)
+    tokenizer.save(str(unfinished / "tokenizer.json"))
+    return unfinished.rename(CACHE)

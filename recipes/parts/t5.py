@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from sklearn.linear_model import LogisticRegression, RidgeCV
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -242,11 +241,3 @@ def mean_states(model: T5ForConditionalGeneration, inputs: dict[str, Tensor]) ->
     """Return the mean of the encoder's last hidden states over the tokens of each input."""
     mask = inputs["attention_mask"].unsqueeze(-1)
     return (model.encoder(**inputs).last_hidden_state * mask).sum(1).cpu() / mask.sum(1).cpu()
-
-
-def probe(task: GlueTask, train: Tensor, truth: Tensor, val: Tensor) -> Tensor:
-    """Return what a linear (for classes, a logistic) model answers to `val` that was fitted to the states `train`."""
-    mean, std = train.mean(0), train.std(0) + 1e-6
-    linear = LogisticRegression(max_iter=500) if task.labels else RidgeCV()
-    linear.fit(((train - mean) / std).numpy(), truth.numpy())
-    return torch.from_numpy(linear.predict(((val - mean) / std).numpy()))

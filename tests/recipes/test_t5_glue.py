@@ -21,7 +21,8 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 import dtrain
-from parts import spans, t5
+from parts import docstrings, spans, t5
+from parts.corpus import split_english
 from parts.glue import TASKS
 from parts.sampling import SimilarLengths
 
@@ -215,6 +216,7 @@ def test_all_ways_to_cut_are_equally_likely():
 def test_the_base_is_pretrained_once_and_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(spans, "CACHE", tmp_path / "base")
     monkeypatch.setattr(spans, "BATCH", 2)
+    monkeypatch.setattr(spans, "docstrings", list)
     torch.manual_seed(5)
     folder = spans.pretrain_on_english(steps=2)
     after = torch.rand(1)
@@ -227,6 +229,28 @@ def test_the_base_is_pretrained_once_and_loads(tmp_path, monkeypatch):
     assert model.training
     batch = next(spans.corrupted(tokenizer, 1))
     assert batch["input_ids"].shape[1] + batch["labels"].shape[1] == spans.LENGTH + 2 * 3 + 1 + 2  # sentinels, ends
+
+
+def test_a_small_base_begins_with_heads_for_the_neighbours():
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(vocab_size=9, decoder_start_token_id=0, **spans.SMALL))
+    spans.look_at_neighbours(model)
+    encoder, decoder = (stack.block[0].layer[0].SelfAttention for stack in (model.encoder, model.decoder))
+    before, after, *_ = encoder.compute_bias(8, 8)[0].argmax(-1)
+    assert before[1:].tolist() == list(range(7))
+    assert after[:-1].tolist() == list(range(1, 8))
+    assert decoder.compute_bias(8, 8)[0, 0].argmax(-1)[1:].tolist() == list(range(7))
+
+
+def test_docstrings_are_read_once_and_not_where_validation_has_them(tmp_path, monkeypatch):
+    held = split_english()["validation"][0][0]
+    first, second = "This reads a file and returns it.", "It raises an error if there is none."
+    source = f'def f():\n    """{first}\n    {second}\n\n    {held}\n    """\n'
+    (tmp_path / "test").mkdir()
+    for name in ("a.py", "b.py", "test/c.py"):
+        (tmp_path / name).write_text(source.replace("file", "test") if "test" in name else source)
+    monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda _: tmp_path)
+    assert docstrings.docstrings.__wrapped__() == [[first, second]]
 
 
 def test_batches_have_similar_lengths_and_follow_from_the_epoch():
@@ -348,8 +372,8 @@ def test_a_broken_model_gets_a_sentence(folders, tmp_path, what, sentence):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--data.dataset", "no/such/folder"), "cannot be loaded"),
-        (("--model.pretrained", "nobody/no_such_model"), r"neither.*|no local folder.*--preset offline"),
+        (("--data.dataset", "no/such/folder"), "no/such/folder"),
+        (("--model.pretrained", "nobody/no_such_model"), r"no local folder.*--preset offline"),
         (("--data.task", "sst3"), "there is no task 'sst3'; there are cola"),
         (("--data.batch_size", "400"), "training rows are left"),
         (("--method.keep", "2"), r"must be in"),
