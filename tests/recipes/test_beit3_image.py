@@ -71,7 +71,7 @@ def recipe(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         (tmp_path / cwd).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / cwd)
         monkeypatch.setenv("COLUMNS", "120")
-        base = ["--model.pretrained", str(folders / "model")]
+        base = ["--model.pretrained", str(folders / "model"), "--fit.steps=4"]
         monkeypatch.setattr(sys, "argv", ["beit3_image.py", "--preset=offline", *local, *base, *short, *arguments])
         capsys.readouterr()
         runpy.run_path(str(ROOT / "recipes" / "beit3_image.py"), run_name="__main__")
@@ -90,6 +90,8 @@ def test_the_file_gives_the_same_accuracy_in_a_new_process(recipe, folders, tmp_
     printed = recipe()
     compressed = float(re.search(r"val_acc[^\n]*│\s*([\d.]+)\s*│[^│\n]*│\s*$", printed, re.MULTILINE)[1])
     delta = tmp_path / "runs/beit3_image/delta.safetensors"
+    metadata = dtrain.load(delta).content.metadata
+    assert (metadata["method"]["name"], metadata["fit"]["name"]) == ("SeededSign", "Learn")
     assert "data: 27 images" in printed
     assert f"{delta.stat().st_size:,}" in printed
     apply = ["-m", "dtrain", "apply", str(folders / "model"), str(delta), str(tmp_path / "merged.safetensors")]
