@@ -166,7 +166,7 @@ def output_to(log: Path) -> Iterator[None]:
 
 def trial_table(trials: Sequence[Trial], title: str) -> Table:
     """Return one row per trial: what it was given, and what came of it."""
-    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     varied = [name.rsplit(".", 1)[-1] for name in trials[0].values]
     for name in [*varied, "bytes", "ratio", "score", "drop", "feasible", "objective", "seconds"]:
         table.add_column(name, justify="right", no_wrap=True)

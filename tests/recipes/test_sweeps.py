@@ -61,6 +61,7 @@ SHORT = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
+FINE_TUNE = ["recipes/vit_cifar.py", "--preset=offline", "--compare=false", "--trainer.logger=false", *SHORT]
 
 
 def run_script(monkeypatch, *arguments):
@@ -181,8 +182,7 @@ def config_of(kept):
 
 
 def test_three_trials_of_one_finished_run(place, monkeypatch, capsys, in_this_process):
-    fine_tune = ["recipes/vit_cifar.py", "--preset=offline", "--compare=false", "--trainer.logger=false", *SHORT]
-    run_script(monkeypatch, *fine_tune)
+    run_script(monkeypatch, *FINE_TUNE)
     checkpoints = {path: path.read_bytes() for path in (place / "runs/vit_cifar/checkpoints").iterdir()}
     printed = sweep(monkeypatch, capsys, "compress", "--trials", "3")
     found = check_trials(place, "compress", printed, 3)
@@ -198,6 +198,22 @@ def test_three_trials_of_one_finished_run(place, monkeypatch, capsys, in_this_pr
         assert config["seed_everything"] == 0
 
 
+def test_weights_from_elsewhere_are_compressed_with_their_base(place, monkeypatch, capsys):
+    """A published checkpoint is weights and nothing else."""
+    run_script(monkeypatch, *FINE_TUNE)
+    (base,) = (place / "runs/vit_cifar/checkpoints").glob("*.safetensors")
+    saved = torch.load(place / "runs/vit_cifar/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    tuned = {name.removeprefix("model."): tensor for name, tensor in saved.items() if name.startswith("model.")}
+    save_file(tuned, place / "tuned.safetensors")
+    again = [*FINE_TUNE, "--compress_only=tuned.safetensors", "--compress.path=other.safetensors"]
+    with pytest.raises(SystemExit, match="nothing says what the fine-tuning started from"):
+        run_script(monkeypatch, *again)
+    run_script(monkeypatch, *again, f"--compress.base={base}")
+    one, other = (dtrain.load(path).content for path in ("runs/vit_cifar/delta.safetensors", "other.safetensors"))
+    assert one.fingerprint == other.fingerprint
+    assert {record.name for record in one.records} == {record.name for record in other.records}
+
+
 def test_three_trials_that_train(place, monkeypatch, capsys, in_this_process):
     printed = sweep(monkeypatch, capsys, "train", "--trials", "3", "--trainer.val_check_interval=3")
     for _, _, logged in check_trials(place, "train", printed, 3):
@@ -209,9 +225,7 @@ def test_three_trials_that_train(place, monkeypatch, capsys, in_this_process):
 
 
 def test_a_trial_in_a_process_of_its_own(place, monkeypatch, capsys):
-    run_script(
-        monkeypatch, "recipes/vit_cifar.py", "--preset=offline", "--compare=false", "--trainer.logger=false", *SHORT
-    )
+    run_script(monkeypatch, *FINE_TUNE)
     printed = sweep(monkeypatch, capsys, "compress", "--trials", "1")
     check_trials(place, "compress", printed, 1)
     assert "SeededSign" in printed or "DareX" in printed or "Magnitude" in printed
