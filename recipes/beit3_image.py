@@ -47,8 +47,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model.lr": 1e-3,
         "trainer.max_steps": 400,
         # A small model has little to spare. This, and that scales are learnt, was chosen on a quarter of the training
-        # images: fine-tuned 0.880, linear probe 0.806, this file 0.829, with one searched scale 0.663. That it is signs,
-        # and not DareX, was chosen after a look at the validation images, which favours it a little.
+        # images: fine-tuned 0.880, linear probe 0.806, this file 0.829, with one searched scale 0.663. That it is not
+        # DareX was decided after a look at the validation images, which favours it a little.
         "method": {"class_path": "dtrain.SeededSign", "init_args": {"keep": 0.3, "q": "search"}},
         "fit": {"class_path": "dtrain.Learn", "init_args": {"steps": 60}},
     },
