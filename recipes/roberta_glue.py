@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "offline": {
         "data.dataset": "english",
         "model.pretrained": "english",
-        "trainer.max_steps": 400,
+        "trainer.max_steps": 500,
         "method": {"class_path": "dtrain.DareX", "init_args": {"keep": 0.1}},  # a small model has little to spare
     },
 }

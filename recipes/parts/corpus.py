@@ -15,7 +15,7 @@ Documents = list[list[str]]
 HEADING = re.compile(r"^(?=[^\s*=~\-][^\n]*\n[*=~\-]{4,}$)", re.MULTILINE)
 END = re.compile(r'(?<=[.?!:])\s+(?=[A-Z"“(])')
 WORDS = (5, 40)  # of a sentence; what is shorter is a heading, what is longer a table
-COPIES = 6  # training examples of either kind per sentence: there are few sentences
+COPIES = 4  # training examples of either kind per sentence: there are few sentences
 VALIDATION_EVERY = 5  # every fifth document is for validation
 
 
@@ -76,11 +76,12 @@ def word_order() -> dict[str, Texts]:
 
 
 def swapped(sentence: str, generator: Generator) -> str:
-    """Return a sentence with two different neighbouring words in each other's place."""
+    """Return a sentence in which about half of the neighbouring words have changed places, at least one pair has."""
     words = sentence.split()
-    places = [i for i in range(1, len(words) - 2) if words[i].lower() != words[i + 1].lower()]
-    place = places[pick(len(places), generator)]
-    words[place : place + 2] = words[place + 1], words[place]
+    pairs = [place for place in range(1, len(words) - 2, 2) if words[place] != words[place + 1]]
+    chosen = [place for place in pairs if pick(2, generator)] or pairs[:1]
+    for place in chosen:
+        words[place : place + 2] = words[place + 1], words[place]
     return " ".join(words)
 
 

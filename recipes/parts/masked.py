@@ -29,12 +29,14 @@ SMALL = {
     "intermediate_size": 384,
     "max_position_embeddings": 130,  # RoBERTa counts from behind the padding token: 128 tokens
     "type_vocab_size": 1,
+    "hidden_dropout_prob": 0.0,  # it sees every text a few times only
+    "attention_probs_dropout_prob": 0.0,
     "initializer_range": 0.1,  # 1 / sqrt(hidden_size), as 0.02 is for the hidden sizes of real ones
 }
 RATE = 0.25  # share of the tokens that are guessed
 #: Steps, tokens of a window, windows of a batch, and the last position that a window may begin at. A small model finds
 #: out that neighbours matter only where there are few others, and then goes on to more of them.
-STAGES = ((700, 12, 64, 0), (500, 12, 64, 80), (1200, 48, 16, 80))
+STAGES = ((700, 12, 64, 0), (400, 12, 64, 80), (900, 48, 16, 80))
 LR = 3e-3
 
 
