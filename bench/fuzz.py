@@ -2,7 +2,7 @@
 
     python -m bench.fuzz --seconds 60            # goes on where the last run of this seed stopped
     python -m bench.fuzz --replay 123            # one input again, with its traceback
-    python -m bench.fuzz --engine atheris --seconds 600    # guided by coverage; needs: pip install atheris
+    python -m bench.fuzz_guided --seconds 600    # guided by coverage; needs: pip install atheris
 
 An input is bent in a few places and its checksums are mended (`tests/artifact/mutations.py`); it is loaded, and what
 loads is inspected and put on a base of zeros: each is one execution. Memory is bounded by `RLIMIT_AS`, time by a CPU
@@ -273,52 +273,19 @@ class Bytes(Random):
         return self.getrandbits(24) / (1 << 24)
 
 
-def guided(seconds: float, path: Path) -> None:
-    """Let atheris choose the bytes that every draw is made of."""
-    import atheris
-
-    tally, corpus = Tally(path), FOLDER / "atheris"
-    corpus.mkdir(parents=True, exist_ok=True)
-    start = [time.monotonic()]
-
-    def one(data: bytes) -> None:
-        rng = Bytes(data)
-        tally.index += 1
-        if tally.index % 5000 == 0:
-            now = time.monotonic()
-            tally.seconds, start[0] = tally.seconds + now - start[0], now
-            tally.save()
-        run(*mutations.case(rng)[1:], rng, tally)
-
-    atheris.instrument_all()
-    options = [
-        sys.argv[0],
-        str(corpus),
-        f"-max_total_time={seconds:.0f}",
-        "-max_len=256",
-        "-timeout=60",
-        "-rss_limit_mb=4096",
-    ]
-    atheris.Setup(options, one)
-    atheris.Fuzz()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--engine", choices=("random", "atheris"), default="random")
     parser.add_argument("--replay", type=int)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    path = FOLDER / (f"seed_{given.seed}.json" if given.engine == "random" else "atheris.json")
+    path = FOLDER / f"seed_{given.seed}.json"
     if given.replay is not None:
         rng = mutations.seeded(given.seed, given.replay)
         _, data, family = mutations.case(rng)
         (FOLDER / f"input_{given.replay}.safetensors").write_bytes(data)
         run(data, family, rng, Tally(FOLDER / "none.json"))
-    elif given.engine == "atheris":
-        guided(given.seconds, path)
     else:
         tally = supervise(given.seed, given.seconds, path)
         print(path.read_text())

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from dtrain.artifact.atomic import write_atomic
-from dtrain.artifact.manifest import NewerError, pack_manifest, unpack_manifest
+from dtrain.artifact.manifest import NewerError, find_damage, pack_manifest, unpack_manifest
 from dtrain.artifact.records import Content
 from dtrain.errors import ArtifactError, InputError
 from dtrain.stages.bits import as_buffer
@@ -22,7 +22,7 @@ _DIGEST = 32
 _MAX_HEADER = 1 << 20
 _MAX_DEPTH = 32  # of provenance: what is parsed near the top of the stack must not fail when it is printed deeper down
 _MAX_BITS = 1 << 32  # of a weight, by a paper's accounting
-_PIECE = 1 << 24
+_PIECE = 1 << 20
 _PACKAGE = re.compile(r"[0-9]{1,4}(\.[0-9]{1,4}){0,3}")  # a version of dtrain, and nothing else: it goes into a command
 
 
@@ -103,10 +103,6 @@ def _unpack(raw: bytearray, header: _Header, path: object) -> Content:
     if len(raw) != total:
         raise ArtifactError(path, "size", f"{len(raw)} bytes where {total} were written. Copy or download it again.")
     view = memoryview(raw)
-    if hashlib.sha256(view[:-_DIGEST]).digest() != bytes(view[-_DIGEST:]):
-        raise ArtifactError(
-            path, "checksum", "the bytes are not those that were written. Copy or download the file again."
-        )
     manifest = bytes(view[start : start + manifest_size])
     size = len(raw) - _DIGEST - start - manifest_size
     payload = (
@@ -114,6 +110,9 @@ def _unpack(raw: bytearray, header: _Header, path: object) -> Content:
         if size
         else torch.empty(0, dtype=torch.uint8)
     )
+    if hashlib.sha256(view[:-_DIGEST]).digest() != bytes(view[-_DIGEST:]):
+        detail = "the bytes are not those that were written. Copy or download the file again."
+        raise ArtifactError(path, "checksum", detail, find_damage(manifest, payload))
     try:
         records, fingerprint, shared = unpack_manifest(manifest, payload)
         return Content(records, fingerprint, metadata, shared)

@@ -66,8 +66,24 @@ def pack_manifest(records: tuple[Record, ...], fingerprint: bytes, shared: bytes
     return b"".join(out)
 
 
-def unpack_manifest(manifest: bytes, payload: Tensor) -> tuple[tuple[Record, ...], bytes, bytes]:
+def find_damage(manifest: bytes, payload: Tensor) -> str | None:
+    """Return the tensor whose payload is not what was written, of a file that is known to be damaged somewhere."""
+    try:
+        unpack_manifest(manifest, payload, check_payloads=True)
+    except ValueError as error:
+        return str(error).rpartition("\0")[0] or None
+    return None
+
+
+def unpack_manifest(
+    manifest: bytes, payload: Tensor, *, check_payloads: bool = False
+) -> tuple[tuple[Record, ...], bytes, bytes]:
     """Return (records, fingerprint, digest of the shared file or nothing); the records' data are views of `payload`.
+
+    Args:
+        manifest: Its bytes.
+        payload: Those of all payloads.
+        check_payloads: Whether their CRC-32 are compared. The SHA-256 of the file says all that they can, but where.
 
     Raises:
         ValueError: If anything in it is out of range, out of order, or inconsistent with `payload`. The message may
@@ -108,7 +124,7 @@ def unpack_manifest(manifest: bytes, payload: Tensor) -> tuple[tuple[Record, ...
             if size > payload.numel() - offset:
                 raise ValueError(f"{name.decode()}\0the payload ends after {payload.numel() - offset} of {size} bytes")
             data = payload[offset : offset + size]
-            if checksum(data) != crc:
+            if check_payloads and checksum(data) != crc:
                 raise ValueError(f"{name.decode()}\0the payload's checksum does not match its bytes")
             items.append(Payload(pipeline, data, scale))
             try:

@@ -77,5 +77,12 @@ def _difference(reference: bytes, name: bytes, back: int) -> NameCode:
 
 
 def _common(a: bytes, b: bytes) -> int:
-    """Return the length of the common beginning."""
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """Return the length of the common beginning, by bisection: a file may bring long names."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,6 +1,7 @@
 """Damaged, malicious and merely odd files, each by a title: what the corpora and the tests of refusals are made of."""
 
 import hashlib
+import struct
 
 from tests.artifact import craft, reference_decoder
 from tests.artifact.craft import build, kind, manifest, pipeline, record, varint
@@ -61,6 +62,7 @@ PIPELINES = {
     "keep of zero": {"select": craft.bernoulli(0.0)},
     "keep of one": {"select": craft.bernoulli(1.0)},
     "keep NaN": {"select": craft.bernoulli(float("nan"))},
+    "stratified keep next to one": {"select": b"\2" + struct.pack("<dQ", 1 - 2.0**-53, 0)},
     "group of 1": {"select": craft.groups(1, 1)},
     "group of 65537": {"select": craft.groups(65537, 1)},
     "group keeps none": {"select": craft.groups(8, 0)},
@@ -143,7 +145,6 @@ MANIFESTS = {
     "scale infinite": manifest(records=[record(scale=float("inf"))]),
     "payload beyond the end": manifest(records=[record(data=[bytes(5)])]),
     "payload left over": manifest(records=[record(data=[bytes(3)])]),
-    "wrong CRC": manifest(records=[record(data=[b"abcd"])]),
     "name not UTF-8": manifest(records=[record(b"\xff")]),
     "same name twice": manifest(records=[record(), record(data=[b""])]),
     "names out of order": manifest(records=[record(b"b"), record(b"a", [b""])]),
@@ -238,6 +239,8 @@ def non_critical():
         "no tensor": bytes(build(bytes(32) + b"\0\0\0", b"")),
         "a change of no payload": bytes(build(manifest([], [kind(pipelines=())], [record(data=())]), b"")),
         "a name that is a path": bytes(build(manifest(records=[record(name)]))),
+        "a wrong CRC": bytes(build(manifest(records=[record(data=[b"abcd"])]))),
+        "a method that is markup": bytes(build(provenance='{"format":1,"method":{"name":"[/red]\\u001b[2J"}}')),
         "an empty name": bytes(build(manifest(records=[record(b"")]))),
         "a scale of minus zero": bytes(build(manifest(records=[record(scale=-0.0)]))),
         "names that borrow nothing": bytes(

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import fuzz
+from dtrain.weights import digest
 from tests.artifact import mutations, reference_decoder
 
 NUMBER = 400
@@ -14,6 +16,12 @@ NUMBER = 400
 
 def tally(tmp_path):
     return fuzz.Tally(tmp_path / "tally.json")
+
+
+def test_one_element_that_was_expanded_has_bytes():
+    """A finding: a base of zeros takes no memory, and a tensor of one element in it was no view of bytes."""
+    for shape in ((1, 1), (0, 3), ()):
+        assert digest(torch.zeros(()).expand(shape)) == digest(torch.zeros(shape))
 
 
 def test_the_seeds_are_files_that_load(tmp_path):

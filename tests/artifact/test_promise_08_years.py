@@ -98,7 +98,8 @@ def test_a_non_critical_file_is_read(name, message):
     assert message is None
     delta = dtrain.load(HERE / "non_critical" / name)
     assert str(delta.report())
-    reference_decoder.parse((HERE / "non_critical" / name).read_bytes())
+    if "crc" not in name:  # which a reader need not look at, and the reference decoder does
+        reference_decoder.parse((HERE / "non_critical" / name).read_bytes())
 
 
 def test_the_corpora_are_what_the_script_writes(tmp_path):
