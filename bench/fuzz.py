@@ -223,8 +223,9 @@ def once(seed: int, index: int, tally: Tally) -> None:
 def work(seed: int, seconds: float, tally: Tally, place: mmap.mmap) -> None:
     """Run inputs until the time is over; `place` always holds the number of the one that runs."""
     limit()
-    start = saved = time.monotonic()
-    while (now := time.monotonic()) - start < seconds:
+    start, parent = time.monotonic(), os.getppid()
+    saved = start
+    while (now := time.monotonic()) - start < seconds and os.getppid() == parent:
         for _ in range(50):
             place[:8] = tally.index.to_bytes(8, "little")
             once(seed, tally.index, tally)
