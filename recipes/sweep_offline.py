@@ -198,6 +198,7 @@ def draw_trials(trials: Sequence[Trial], path: Path, title: str) -> None:
     axes.axhline(tuned, color="0.45", linewidth=1.2)
     axes.annotate(f"fine-tuned {tuned:.3f}", (0.01, tuned), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     axes.set(xscale="log", xlabel="bytes of the delta file", ylabel="score on validation", title=title)
+    axes.margins(y=0.1)
     axes.legend(loc="lower right", fontsize=8)
     axes.grid(alpha=0.25, which="both")
     figure.savefig(path, dpi=130)
