@@ -49,12 +49,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "offline": {
         "data.dataset": "english",
+        "data.calibration": 128,
         "model.pretrained": "english",
         "trainer.max_steps": 500,
         "method": {"class_path": "dtrain.DareX", "init_args": {"keep": 0.1}},  # a small model has little to spare
     },
 }
-LOOKED_AT = {"train": 64, "validation": 32}  # batches of 64 texts at most that the picture is drawn from
+LOOKED_AT = {"train": 64, "validation": 32, "calibration": 2}  # batches of 64 texts at most for the picture
 
 Batch = tuple[list[tuple[str, ...]], Tensor]  # the texts, column by column, and the labels
 
@@ -136,10 +137,9 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
     module, data, network = cli.model, cli.datamodule, cli.model.model
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     task, split = module.task, module.task.validation[0]
-    looked_at = (("train", LOOKED_AT["train"]), (split, LOOKED_AT["validation"]))
-    train, val = (
+    train, val, held = (
         [(module.encode(texts), labels) for texts, labels in islice(data.loader(name, 64), most)]
-        for name, most in looked_at
+        for name, most in zip(("train", split, "calibration"), LOOKED_AT.values(), strict=True)
     )
     truth = torch.cat([labels for _, labels in val])
     metric = task_metrics(task)[task.metrics[0]]
@@ -161,7 +161,7 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
         callback.read_base(cli.trainer),
         score=score,
         probe=probe,
-        inputs=[module.encode(texts) for texts, _ in data.loader("calibration", 32)],
+        inputs=[inputs for inputs, _ in held],
         title=f"{data.dataset}, {task.name}: {len(truth)} texts",
         metric=task.metrics[0],
     )
