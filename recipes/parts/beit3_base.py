@@ -24,7 +24,6 @@ from parts.images import crop_and_flip, read_digits
 
 DIGITS = range(10)
 HEAD_WIDTH = 64  # of both official sizes
-
 CACHE = Path("runs/cache/beit3_digits_base")
 STEPS, BATCH_SIZE = 1200, 96  # of the pre-training
 WHERE = "The official ones are at github.com/addf400/files/releases/download/beit3, beit3_base_patch16_224.pth say."
@@ -46,8 +45,9 @@ def load_beit3(pretrained: str, image_size: int, num_classes: int, drop_path: fl
     weights = dtrain.read_weights(path)
     config = config_of(weights.tensors, str(path))
     beside = path.with_name("config.json")
-    heads = json.loads(beside.read_text())["heads"] if beside.is_file() else config.width // HEAD_WIDTH
-    if image_size % config.patch_size or config.width % max(1, heads):
+    said = json.loads(beside.read_text()) if beside.is_file() else {}
+    heads = said.get("heads", max(1, config.width // HEAD_WIDTH))
+    if image_size % config.patch_size or config.width % heads:
         raise InputError(
             f"{path} has patches of {config.patch_size} pixels and {config.width} numbers for {heads} heads, which "
             f"must be divisors of the side of the images ({image_size}, --data.image_size) and of the numbers."
