@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -18,11 +19,9 @@ def choose_preset(argv: Sequence[str]) -> tuple[str, str]:
             the rest belongs to the recipe's own parser.
     """
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--preset", choices=("auto", "hub", "offline"))
-    given = parser.parse_known_args(argv)[0]
-    written = [yaml.safe_load(Path(path).read_text()) or {} for path in given.config if Path(path).is_file()]
-    asked = given.preset or next((config["preset"] for config in reversed(written) if "preset" in config), "auto")
+    given = parser.parse_known_args(argv)[0].preset
+    asked = given or next((config["preset"] for config in reversed(configs(argv)) if "preset" in config), "auto")
     if asked != "auto":
         return asked, "as asked"
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -30,6 +29,22 @@ def choose_preset(argv: Sequence[str]) -> tuple[str, str]:
     if not hub_answers():
         return "offline", "the Hugging Face Hub does not answer; ask for it with --preset hub"
     return "hub", "an accelerator and the Hugging Face Hub are there"
+
+
+def names_class(argv: Sequence[str], argument: str) -> bool:
+    """Return whether a command line, or a `--config` file on it, says of which class `argument` is to be."""
+    written = [config.get(argument) for config in configs(argv)]
+    return any(arg.split("=")[0] == f"--{argument}" for arg in argv) or any(
+        isinstance(value, str) or (isinstance(value, dict) and "class_path" in value) for value in written
+    )
+
+
+def configs(argv: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what the `--config` files of a command line hold."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config", action="append", default=[])
+    paths = [Path(path) for path in parser.parse_known_args(argv)[0].config]
+    return [yaml.safe_load(path.read_text()) or {} for path in paths if path.is_file()]
 
 
 def hub_answers(seconds: float = 5.0) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 import dtrain
 from dtrain.callbacks import AdamRCallback, DeltaCompressionCallback, compress_finished
 from dtrain.callbacks.weights_and_biases import check_installed, check_wandb
-from parts.presets import choose_preset
+from parts.presets import choose_preset, names_class
 
 Presets = Mapping[str, Mapping[str, Any]]
 
@@ -56,7 +56,10 @@ class RecipeCLI(LightningCLI):
         self.name = Path(sys.argv[0]).stem
         self.preset, why = choose_preset(sys.argv[1:])
         sys.stderr.write(f"preset: {self.preset} ({why})\n")  # standard output stays clean for --print_config
-        self.monitor, self.values = monitor, presets[self.preset]
+        # A class that the user names takes no argument from the preset's: jsonargparse hands over those of one name.
+        chosen = [name for name in ("method", "fit") if names_class(sys.argv[1:], name)]
+        self.values = {name: value for name, value in presets[self.preset].items() if name not in chosen}
+        self.monitor = monitor
         follows = hasattr(data, "num_classes") and "num_classes" in inspect.signature(model).parameters
         self.links = {**({"data.num_classes": "model.num_classes"} if follows else {}), **links}
         super().__init__(
@@ -70,11 +73,10 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         folder = f"runs/{self.name}"
-        method = {"class_path": "dtrain.DareX", "init_args": {"keep": 0.01}}
         parser.add_argument(
             "--preset", type=str, default=self.preset, help="auto (what is there decides), hub or offline"
         )
-        parser.add_argument("--method", type=dtrain.Method, default=method)
+        parser.add_argument("--method", type=dtrain.Method, default=None, help="how the delta is compressed")
         parser.add_argument("--fit", type=dtrain.Fit | None, default=None, help="how scales are found after encoding")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
         parser.add_argument("--evaluate", type=str | None, default=None, help="score these weights and stop")

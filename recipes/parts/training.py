@@ -19,7 +19,7 @@ def warmup_then_cosine(module: L.LightningModule, lr: float) -> dict[str, Any]:
     There is no weight decay: it pulls to zero, AdamR to the base, and one of them is enough.
     """
     optimizer = torch.optim.AdamW((p for p in module.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
-    steps = max(2, int(module.trainer.estimated_stepping_batches))
-    warmup = max(0.1, 2 / steps)  # the first step is in it, and one that it ends with
+    steps = max(3, int(module.trainer.estimated_stepping_batches))
+    warmup = max(0.1, 2 / steps)  # neither part may be empty, in however short a run
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=warmup)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -174,3 +174,10 @@ def test_base_is_loaded_with_a_fresh_head(folders, monkeypatch):
     saved = load_file(folders / "model" / "model.safetensors")
     assert model.head.weight.shape == (5, 24)
     assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], saved["blocks.0.attn.qkv.weight"])
+
+
+def test_another_method_takes_no_argument_of_the_preset_s(recipe, capsys):
+    with pytest.raises(SystemExit):
+        recipe("--config", str(ROOT / "recipes" / "vit_cifar.yaml"), "--method", "SeededSign", "--print_config")
+    printed = capsys.readouterr().out
+    assert re.search(r"class_path: dtrain.SeededSign\s+init_args:\s+keep: 0.03125\s+seed: 0\s+q: keep", printed)
