@@ -1,4 +1,11 @@
-"""A small T5 that needs no network: pre-trained by span corruption on the standard library's documentation."""
+"""A small T5 that needs no network: pre-trained on the standard library's documentation.
+
+Half of the batches are span corruption, as T5 has it. The other half are deshuffling, which the T5 paper compares to
+it: words that moved a little are to be put in order again. Two minutes of span corruption alone teach an encoder nothing
+that a task on whole sentences could use: after 3,000 steps of it a linear probe on `word_order` was at 0.50, and so was
+what had been fine-tuned for 1,000 steps; after 2,400 steps of both 0.56 and, fine-tuned for 600 steps, 0.69 (one run
+each).
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,17 +21,20 @@ from parts.docstrings import docstrings
 
 CACHE = Path("runs/cache/t5_english_base")
 RATE, SPAN = 0.15, 3  # share of the tokens that is masked, and mean length of a span: those of the T5 paper
-LENGTH, BATCH, STEPS = 64, 32, 500  # tokens of a piece of text, pieces per step, steps
+NEAR = 3  # a word moves by less than this many places
+LENGTH, BATCH, STEPS = 32, 16, 2400  # tokens of a piece of text, pieces per step, steps
 PEAK = 3e-2  # of the learning rate, relative to the size of a tensor
+WORD = "▁"  # what a word's first token begins with
 SENTINELS = 20
-VOCABULARY = 1024
+VOCABULARY = 600
 SMALL = {
-    "d_model": 128,
-    "d_kv": 32,
+    "d_model": 64,
+    "d_kv": 16,
     "num_heads": 4,
-    "d_ff": 256,
-    "num_layers": 3,
-    "num_decoder_layers": 2,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_decoder_layers": 1,
+    "dropout_rate": 0.0,  # it sees every text a few times only
     "relative_attention_max_distance": 64,
 }
 
@@ -51,6 +61,12 @@ def corrupt(tokens: Sequence[int], sentinels: Sequence[int], generator: Generato
     return source, [*target, sentinels[spans]]
 
 
+def shuffle(words: Sequence[list[int]], generator: Generator) -> list[int]:
+    """Return the tokens of words in another order, in which none is `NEAR` places or more from its own."""
+    places = torch.arange(len(words)) + NEAR * torch.rand(len(words), generator=generator)
+    return [token for place in places.argsort().tolist() for token in words[place]]
+
+
 def parts_of(total: int, count: int, generator: Generator) -> list[int]:
     """Return `count` lengths of at least one that add up to `total`; all such lists are equally likely."""
     cuts = sorted((randperm(total - 1, generator=generator)[: count - 1] + 1).tolist())
@@ -62,8 +78,8 @@ def train_tokenizer(sentences: Sequence[str]) -> Tokenizer:
     unknown = "<unk>"
     special = ["<pad>", "</s>", unknown, *(f"<extra_id_{i}>" for i in range(SENTINELS))]
     tokenizer = Tokenizer(models.BPE(unk_token=unknown))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(WORD)
+    tokenizer.decoder = decoders.Metaspace(WORD)
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(sentences, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -84,14 +100,28 @@ def pieces(tokenizer: Tokenizer) -> Tensor:
     return tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
-def corrupted(tokenizer: Tokenizer, steps: int) -> Iterator[dict[str, Tensor]]:
-    """Yield batches to pre-train on: all pieces have one length, so there is no padding."""
+def to_words(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[list[int]]:
+    """Return the tokens word by word; the first word may be the end of one."""
+    words: list[list[int]] = [[]]
+    for token in tokens:
+        if tokenizer.id_to_token(token).startswith(WORD) and words[-1]:
+            words.append([])
+        words[-1].append(token)
+    return words
+
+
+def exercises(tokenizer: Tokenizer, steps: int) -> Iterator[dict[str, Tensor]]:
+    """Yield batches to pre-train on, of one kind and the other; pieces have one length, so there is no padding."""
     end, generator = tokenizer.token_to_id("</s>"), Generator().manual_seed(0)
     sentinels = [tokenizer.token_to_id(f"<extra_id_{i}>") for i in range(SENTINELS)]
     every = pieces(tokenizer)
     order = torch.cat([randperm(len(every), generator=generator) for _ in range(1 + steps * BATCH // len(every))])
-    for chosen in order[: steps * BATCH].view(steps, BATCH):
-        pairs = [corrupt(piece, sentinels, generator) for piece in every[chosen].tolist()]
+    for step, chosen in enumerate(order[: steps * BATCH].view(steps, BATCH)):
+        batch = every[chosen].tolist()
+        if step % 2 == 0:
+            pairs = [corrupt(piece, sentinels, generator) for piece in batch]
+        else:
+            pairs = [(shuffle(to_words(tokenizer, piece), generator), piece) for piece in batch]
         source, target = (torch.tensor([[*ids, end] for ids in side]) for side in zip(*pairs, strict=True))
         yield {"input_ids": source, "labels": target}
 
@@ -125,8 +155,8 @@ def pretrain_on_english(steps: int = STEPS) -> Path:
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, PEAK, total_steps=steps, pct_start=0.1, cycle_momentum=False
         )
-        with progress("pre-training the base by span corruption", steps) as advance:
-            for batch in corrupted(tokenizer, steps):
+        with progress("pre-training the base by span corruption and deshuffling", steps) as advance:
+            for batch in exercises(tokenizer, steps):
                 loss = model(**batch).loss
                 optimizer.zero_grad()
                 loss.backward()

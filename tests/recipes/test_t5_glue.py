@@ -204,6 +204,24 @@ def test_every_place_but_the_first_is_masked_about_as_often():
     assert (middle - middle.mean()).abs().max() < 4 * deviation
 
 
+def test_words_move_a_little():
+    generator = torch.Generator().manual_seed(0)
+    words = [[2 * i, 2 * i + 1] for i in range(40)]
+    for _ in range(50):
+        tokens = spans.shuffle(words, generator)
+        places = [token // 2 for token in tokens[::2]]
+        assert tokens == [token for place in places for token in words[place]]
+        assert max(abs(place - own) for own, place in enumerate(places)) < spans.NEAR
+        assert sorted(places) == list(range(40)) != places
+
+
+def test_words_begin_where_the_tokenizer_says(folders):
+    _, tokenizer = t5.load_t5(folders / "tied")
+    ids = tokenizer.encode("the film was dull", add_special_tokens=False).ids
+    words = spans.to_words(tokenizer, ids)
+    assert [tokenizer.decode(word) for word in words] == ["the", "film", "was", "dull"]
+
+
 def test_all_ways_to_cut_are_equally_likely():
     generator = torch.Generator().manual_seed(0)
     drawn = [tuple(spans.parts_of(5, 3, generator)) for _ in range(3000)]
@@ -227,8 +245,10 @@ def test_the_base_is_pretrained_once_and_loads(tmp_path, monkeypatch):
     assert (folder / "model.safetensors").stat().st_mtime_ns == weights
     model, tokenizer = t5.load_t5(folder)
     assert model.training
-    batch = next(spans.corrupted(tokenizer, 1))
-    assert batch["input_ids"].shape[1] + batch["labels"].shape[1] == spans.LENGTH + 2 * 3 + 1 + 2  # sentinels, ends
+    spanned, shuffled = spans.exercises(tokenizer, 2)
+    lengths = [sum(side.shape[1] for side in batch.values()) for batch in (spanned, shuffled)]
+    assert lengths == [spans.LENGTH + 2 * 2 + 1 + 2, 2 * spans.LENGTH + 2]  # sentinels, ends
+    assert torch.equal(shuffled["input_ids"].sort().values, shuffled["labels"].sort().values)
 
 
 def test_a_small_base_begins_with_heads_for_the_neighbours():
