@@ -37,6 +37,7 @@ HEADERS = {
     "unsorted provenance": build(provenance='{"x":1,"format":1}'),
     "space in provenance": build(provenance='{"format": 1}'),
     "NaN in provenance": build(provenance='{"format":1,"x":NaN}'),
+    "provenance that is no text": build(change=lambda table: table["__metadata__"].update(dtrain={"format": 1})),
     "half a surrogate pair in provenance": build(provenance='{"a":"\\ud800","format":1}'),
     "provenance nested 33 deep": build(provenance='{"a":' + "[" * 32 + "]" * 32 + ',"format":1}'),
     "method that is no object": build(provenance='{"format":1,"method":"Dare"}'),

@@ -83,7 +83,13 @@ for name, entry in expected.items():
     delta.state_dict(bases[entry["base"]])
     print(name)
 """
-AWAKE = {"import": "import wave", "exec": "exec('1')", "open": "open('/etc/hosts')", "os.system": "os.system('true')"}
+AWAKE = {
+    "import": "import wave",
+    "compile": "compile('1', 'text', 'eval')",
+    "exec": "eval(ready)",
+    "open": "open('/etc/hosts')",
+    "os.system": "os.system('true')",
+}
 
 
 def run(script):
@@ -103,5 +109,5 @@ def test_nothing_runs_and_nothing_else_is_opened():
 @pytest.mark.parametrize(("event", "code"), AWAKE.items(), ids=AWAKE)
 def test_the_hook_would_notice(event, code):
     """Else the test above would prove nothing."""
-    done = run(f"import os\nwatch()\n{code}")
+    done = run(f"import os\nready = compile('1', 'text', 'eval')\nwatch()\n{code}")
     assert (done.returncode, done.stdout) == (3, f"noticed {event}\n"), done.stderr

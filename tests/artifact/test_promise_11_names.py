@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import dtrain
 from dtrain import ArtifactError, Dare, InputError
+from dtrain.artifact import manifest as manifest_module
 from dtrain.artifact import unpack_file
 from dtrain.artifact.names import MAX_NAME, restore, shorten
 from dtrain.cli.commands import apply, inspect
@@ -70,6 +71,12 @@ def test_a_name_of_a_megabyte_is_refused_by_writer_and_reader(size):
         pair("x" * size)[1].file_bytes()
     with pytest.raises(ArtifactError, match="a name is longer than 16384 bytes"):
         unpack_file(build(manifest(records=[record(b"x" * size)])))
+
+
+def test_all_names_together_have_a_limit(monkeypatch):
+    monkeypatch.setattr(manifest_module, "MAX_ALL_NAMES", 3)
+    with pytest.raises(ArtifactError, match="the tensor names take more than 3 bytes"):
+        unpack_file(build(manifest(records=[record(b"ab"), record(b"b", code=(1, 2, 0))]), bytes(8)))
 
 
 def test_a_name_that_grows_by_borrowing_is_refused():
