@@ -3,7 +3,7 @@
     python recipes/roberta_glue.py                          # RoBERTa-base on SST-2 where there is a GPU and the Hub
     python recipes/roberta_glue.py --preset offline         # a small RoBERTa on English: minutes on two cores
     python recipes/roberta_glue.py --preset hub --data.task mnli --trainer.max_steps 10000
-    python recipes/roberta_glue.py --data.task next_sentence --method SeededSign --fit Learn --fit.steps 50
+    python recipes/roberta_glue.py --data.task next_sentence --method DareX --method.keep 0.1 --fit null
     python recipes/roberta_glue.py --data.dataset PATH --model.pretrained PATH          # local folders, see below
     python recipes/roberta_glue.py --trainer.logger WandbLogger --trainer.logger.offline true
     python recipes/roberta_glue.py ... --evaluate merged.safetensors     # only score weights, after `dtrain apply`
@@ -52,7 +52,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data.calibration": 128,
         "model.pretrained": "english",
         "trainer.max_steps": 500,
-        "method": {"class_path": "dtrain.DareX", "init_args": {"keep": 0.1}},  # a small model has little to spare
+        "method": {"class_path": "dtrain.SeededSign", "init_args": {"keep": 0.5}},  # a small model has little to spare
+        "fit": {"class_path": "dtrain.Learn", "init_args": {"steps": 60}},
+        "compress.fit_on": "logits",
     },
 }
 LOOKED_AT = {"train": 64, "validation": 32, "calibration": 2}  # batches of 64 texts at most for the picture

@@ -1,6 +1,7 @@
 """English that is always there: the documentation topics of the standard library, and two tasks made of it."""
 
 import re
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from pydoc_data.topics import topics
@@ -11,6 +12,7 @@ from torch import Generator
 from parts.glue import Texts
 
 Documents = list[list[str]]
+Labelled = list[tuple[tuple[str, ...], int]]
 
 HEADING = re.compile(r"^(?=[^\s*=~\-][^\n]*\n[*=~\-]{4,}$)", re.MULTILINE)
 END = re.compile(r'(?<=[.?!:])\s+(?=[A-Z"“(])')
@@ -61,13 +63,12 @@ def split_english() -> dict[str, Documents]:
 
 
 def word_order() -> dict[str, Texts]:
-    """Return sentences as they were written (1) and with two neighbouring words swapped (0).
+    """Return sentences as they were written (1) and with half of their neighbouring words swapped (0).
 
     The first and the last word stay where they are, so capitals and full stops give nothing away.
     """
-    generator = Generator().manual_seed(0)
 
-    def examples(documents: Documents, copies: int) -> list[tuple[tuple[str, ...], int]]:
+    def examples(documents: Documents, copies: int, generator: Generator) -> Labelled:
         long = [sentence for document in documents for sentence in document if len(sentence.split()) > WORDS[0]]
         pairs = [((text,), (swapped(text, generator),)) for text in long for _ in range(copies)]
         return [(row, label) for intact, other in pairs for row, label in ((intact, 1), (other, 0))]
@@ -87,11 +88,10 @@ def swapped(sentence: str, generator: Generator) -> str:
 
 def next_sentence() -> dict[str, Texts]:
     """Return a sentence with the one that follows it (1), or with one from elsewhere in the same split (0)."""
-    generator = Generator().manual_seed(0)
 
-    def examples(documents: Documents, copies: int) -> list[tuple[tuple[str, ...], int]]:
+    def examples(documents: Documents, copies: int, generator: Generator) -> Labelled:
         every = [(index, sentence) for index, document in enumerate(documents) for sentence in document]
-        found: list[tuple[tuple[str, ...], int]] = []
+        found: Labelled = []
         for index, document in enumerate(documents):
             elsewhere = [sentence for other, sentence in every if other != index]
             for first, second in pairwise(document):
@@ -102,11 +102,11 @@ def next_sentence() -> dict[str, Texts]:
     return to_splits(examples)
 
 
-def to_splits(examples) -> dict[str, Texts]:  # noqa: ANN001 - a function of documents and copies
+def to_splits(examples: Callable[[Documents, int, Generator], Labelled]) -> dict[str, Texts]:
     """Return both splits of a task: several examples per sentence for training, one of either kind for validation."""
     splits = {}
-    for name, documents in split_english().items():
-        found = examples(documents, COPIES if name == "train" else 1)
+    for seed, (name, documents) in enumerate(split_english().items()):
+        found = examples(documents, COPIES if name == "train" else 1, Generator().manual_seed(seed))
         splits[name] = Texts([row for row, _ in found], torch.tensor([label for _, label in found]))
     return splits
 

@@ -93,7 +93,7 @@ def recipe(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     def run(*arguments: str, data: str = "glue/sst2", model: str = "roberta", cwd: str = ".") -> str:
         local = ["--data.dataset", str(folders / data), "--model.pretrained", str(folders / model)]
         short = ["--trainer.max_steps=8", "--data.batch_size=16", "--data.calibration=32", "--trainer.accelerator=cpu"]
-        rest = ["--model.lr=3e-3", "--model.max_length=32", "--method=SeededSign", "--method.keep=0.2"]
+        rest = ["--model.lr=3e-3", "--model.max_length=32", "--method=SeededSign", "--method.keep=0.2", "--fit=null"]
         (tmp_path / cwd).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / cwd)
         monkeypatch.setenv("COLUMNS", "120")
@@ -237,5 +237,6 @@ def test_the_yaml_is_the_recipe(recipe, capsys):
     printed = yaml.safe_load(capsys.readouterr().out)
     written = yaml.safe_load(config.read_text())
     assert printed["compress"].items() >= written["compress"].items()
+    assert printed["fit"]["class_path"] == written["fit"]["class_path"]
     assert printed["model"].keys() >= {"pretrained", "revision", "lr", "max_length"}
     assert printed["data"]["revision"] == "main"
