@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo sweep-offline test lint fuzz clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -12,6 +12,12 @@ help:  ## Show this list
 demo: $(VENV)/.recipes  ## Install, then fine-tune and compress a small ViT on handwritten digits (minutes, no network)
 	$(BIN)/python recipes/vit_cifar.py --preset offline
 
+sweep-offline: $(VENV)/.recipes runs/vit_cifar/checkpoints/last.ckpt  ## Fine-tune once, then compress it in a few trials of a W&B sweep (no account)
+	$(BIN)/python recipes/sweep_offline.py recipes/sweeps/compress.yaml --trials 4
+
+runs/vit_cifar/checkpoints/last.ckpt: | $(VENV)/.recipes
+	$(BIN)/python recipes/vit_cifar.py --preset offline --compare false
+
 test: $(VENV)/.dev  ## Install, then run the tests
 	$(BIN)/python -m pytest
 
@@ -19,6 +25,9 @@ lint: $(VENV)/.dev  ## Install, then run ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+fuzz: $(VENV)/.dev  ## Throw damaged files at load, inspect and apply; SECONDS=60 says for how long
+	$(BIN)/python -m bench.fuzz --seconds $(or $(SECONDS),60)
 
 clean:  ## Remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs
