@@ -66,7 +66,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fit": {"class_path": "dtrain.Learn", "init_args": {"steps": 60}},
     },
 }
-LOOKED_AT = {"train": 64, "val": 32, "calibration": 8}  # batches of 64 pairs
+KEEPS = (0.6, 0.3, 0.1, 0.03)  # points of the picture
+LOOKED_AT = {"train": 64, "val": 32, "calibration": 4}  # batches of 64 pairs
 
 
 class Beit3Pairs(L.LightningModule):
@@ -142,6 +143,7 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
         probe=lambda: probe_accuracy(model, labelled(train), labelled(val)),
         inputs=[tuple(inputs) for inputs, _ in labelled(calibration)],
         title=f"{Path(data.dataset).name}: {sum(len(batch[-1]) for batch in val)} pairs",
+        keeps=KEEPS,
     )
     sys.stdout.write(
         f"control, fine-tuned: {statement:.4f} with the statements of other pairs, {images:.4f} with their images\n"

@@ -71,7 +71,7 @@ def recipe(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         local = ["--data.dataset", str(folders / "data"), "--model.pretrained", str(folders / "base.pth")]
         local += ["--data.tokenizer", str(folders / "beit3.spm"), "--data.image_size=8", "--data.workers=0"]
         short = ["--trainer.max_steps=6", "--data.batch_size=16", "--data.calibration=16", "--trainer.accelerator=cpu"]
-        short += ["--trainer.precision=32-true", "--method.keep=0.2"]
+        short += ["--trainer.precision=32-true"]
         (tmp_path / cwd).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / cwd)
         monkeypatch.setenv("COLUMNS", "120")
