@@ -134,7 +134,7 @@ class RecipeCLI(LightningCLI):
         self.trainer.fit(self.model, self.datamodule, ckpt_path=self.config.ckpt_path)
         saver = self.trainer.checkpoint_callback
         if isinstance(saver, ModelCheckpoint) and saver.save_last:  # Lightning's own is only as new as the best one
-            self.trainer.save_checkpoint(Path(saver.dirpath, "last.ckpt"))
+            self.trainer.save_checkpoint(Path(saver.dirpath, "last.ckpt"), weights_only=False)
         callback = next(c for c in self.trainer.callbacks if isinstance(c, DeltaCompressionCallback))
         written = self.trainer.is_global_zero and callback.outcome is not None
         return callback if written and self.config.compare else None
