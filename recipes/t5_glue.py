@@ -8,16 +8,17 @@
     python recipes/t5_glue.py ... --evaluate merged.safetensors     # only score weights, after `dtrain apply`
 
 `--data.dataset` is `english` (tasks word_order and next_sentence), a Hub data set such as `nyu-mll/glue`, or a folder
-of Parquet files in its schema. `--model.pretrained` is `english` (pre-trained here), a Hub model
-such as `google-t5/t5-base` or `google/t5-v1_1-base`, or a local folder with config.json, model.safetensors and
-tokenizer.json.
+of Parquet files in its schema. `--model.pretrained` is `english` (pre-trained here), a Hub model such as
+`google-t5/t5-base`, or a local folder of a T5, T5 v1.1 or Flan-T5: config.json, model.safetensors, tokenizer.json.
 Everything else: --help. The same settings as YAML: --config recipes/t5_glue.yaml
 
 An answer is a text. Validation reads it in two ways: `rank` takes the label whose text is likeliest, in one call of the
-model; `generate` lets the model write, and what is no label is wrong. A base that never saw a task ranks by chance.
+model; `generate` lets the model write, and what is no label is wrong. A base that never saw a task ranks by chance; the
+first T5 saw GLUE, with these very prompts, in the mixture that it was pre-trained on, so its base score is not that.
 
-The file holds the embedding once: in T5 it is the output layer as well, so the method compresses it, where dtrain
-leaves the word embeddings of encoders at the base. The two tables of relative positions are compressed likewise.
+The base is the folder of the model, and the file has the names that stand there. It holds the embedding once: in T5 it
+is the output layer as well, so the method compresses it, where dtrain leaves the word embeddings of encoders at the
+base. The two tables of relative positions are compressed likewise.
 """
 
 from functools import partial

@@ -1,10 +1,10 @@
 """A small T5 that needs no network: pre-trained on the standard library's documentation.
 
 Half of the batches are span corruption, as T5 has it. The other half are deshuffling, which the T5 paper compares to
-it: words that moved a little are to be put in order again. Two minutes of span corruption alone teach an encoder nothing
-that a task on whole sentences could use: after 3,000 steps of it a linear probe on `word_order` was at 0.50, and so was
-what had been fine-tuned for 1,000 steps; after 2,400 steps of both 0.56 and, fine-tuned for 600 steps, 0.69 (one run
-each).
+it: words that moved a little are to be put in order again. Span corruption alone teaches an encoder nothing in two
+minutes that a task on whole sentences could use: after 3,000 steps of it a linear probe on `word_order` was at 0.50,
+and so was what had been fine-tuned for 1,000 steps; after 2,400 steps of both 0.56 and, fine-tuned for 600 steps, 0.69
+(one run each).
 """
 
 from collections.abc import Iterator, Sequence
