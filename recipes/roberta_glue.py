@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "compress.fit_on": "logits",
     },
 }
-LOOKED_AT = {"train": 64, "validation": 32, "calibration": 2}  # batches of 64 texts at most for the picture
+LOOKED_AT = {"train": 128, "validation": 64, "calibration": 8}  # batches of 32 texts at most for the picture
 
 Batch = tuple[list[tuple[str, ...]], Tensor]  # the texts, column by column, and the labels
 
@@ -140,7 +140,7 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     task, split = module.task, module.task.validation[0]
     train, val, held = (
-        [(module.encode(texts), labels) for texts, labels in islice(data.loader(name, 64), most)]
+        [(module.encode(texts), labels) for texts, labels in islice(data.loader(name, 32), most)]
         for name, most in zip(("train", split, "calibration"), LOOKED_AT.values(), strict=True)
     )
     truth = torch.cat([labels for _, labels in val])
