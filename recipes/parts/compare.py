@@ -44,7 +44,8 @@ def compare(
         forward: Runs the module on one batch of `inputs`, where calling it on that is not right.
         keeps: Keep rates.
     """
-    tuned = {name: tensor.clone() for name, tensor in dtrain.read_weights(module).tensors.items()}
+    live = dtrain.read_weights(module)  # not a plain dict: the base may know a tied tensor by another of its names
+    tuned = replace(live, tensors={name: tensor.clone() for name, tensor in live.tensors.items()})
     lines = {"fine-tuned": score()}
     methods = {"Dare": (dtrain.Dare(), None), type(callback.method).__name__: (callback.method, callback.fit)}
     drawn = {name: (method, fit) for name, (method, fit) in methods.items() if can_keep(method)}
@@ -65,11 +66,11 @@ def compare(
             )
             load_weights(module, delta.state_dict(base))
             points[name].append((delta.file_bytes(), score()))
-            load_weights(module, tuned)
+            load_weights(module, tuned.tensors)
         load_weights(module, base.tensors)
         lines |= {"linear probe": probe(), "base": score()}
     finally:
-        load_weights(module, tuned)
+        load_weights(module, tuned.tensors)
     path = callback.outcome.path.with_name("score_against_bytes.png")
     score_against_bytes(points, lines, path, title, metric)
     Console().print(
