@@ -65,6 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 LOOKED_AT = {"train": 64, "validation": 32}  # batches of 64 rows at most that the picture is drawn from
+KEEPS = (0.5, 0.3, 0.1, 0.03, 0.01)
 WAYS = ("rank", "generate")
 
 Batch = tuple[list[tuple[str, ...]], Tensor]  # the texts, column by column, and the labels
@@ -187,6 +188,7 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
         inputs=[t5.forward_arguments(network, batch, module.labels) for batch in inputs],
         title=f"{data.dataset}, {task.name}: {len(truth)} texts, labels ranked",
         metric=task.metrics[0],
+        keeps=KEEPS,
     )
 
 
