@@ -66,8 +66,12 @@ class TextData(L.LightningDataModule):
         return [self.loader(name, 64) for name in self.glue.validation]
 
     def calibration_dataloader(self) -> DataLoader:
-        """Give DeltaCompressionCallback training rows that were not trained on, in a fixed order."""
-        return self.loader("calibration", self.batch_size)
+        """Give DeltaCompressionCallback training rows that were not trained on, in a fixed order.
+
+        There are two batches at least: scales are learnt from one, and the other says when to stop.
+        """
+        half = max(1, len(self.parts["calibration"].rows) // 2)
+        return self.loader("calibration", min(self.batch_size, half))
 
 
 def chosen(texts: Texts, rows: torch.Tensor) -> Texts:

@@ -109,6 +109,7 @@ def test_held_out_rows_are_not_trained_on(tmp_path):
     data = TextData(str(tmp_path), "sst2", batch_size=8, calibration=10, train_limit=20)
     held, trained = (set(data.parts[name].rows) for name in ("calibration", "train"))
     assert (len(held), len(trained), len(held & trained)) == (10, 20, 0)
+    assert [len(labels) for _, labels in data.calibration_dataloader()] == [5, 5]
     texts, labels = next(iter(data.train_dataloader()))
     assert (len(texts), len(texts[0]), labels.dtype) == (1, 8, torch.int64)
     with pytest.raises(InputError, match="4 training rows are left"):
