@@ -2,7 +2,7 @@
 
     python recipes/sweep_offline.py recipes/sweeps/compress.yaml                 # compresses one finished run
     python recipes/sweep_offline.py recipes/sweeps/train.yaml --trials 3         # trains every trial
-    python recipes/sweep_offline.py recipes/sweeps/compress.yaml --compress.fit_on logits      # for every trial
+    python recipes/sweep_offline.py recipes/sweeps/compress.yaml --compress.tolerance 0.01     # for every trial
 
 Each trial is started as `wandb agent` starts it, by its own code, and leaves an offline run that `wandb sync` uploads.
 Only the choice differs: W&B's server searches with Bayes and stops trials early, here values are drawn at random from
