@@ -2,7 +2,7 @@
 
     python recipes/t5_glue.py                              # T5-base on SST-2 where there is a GPU and the Hub
     python recipes/t5_glue.py --preset offline             # a small T5 on English: minutes on two cores
-    python recipes/t5_glue.py --data.task stsb --model.scoring generate
+    python recipes/t5_glue.py --preset hub --data.task stsb --model.scoring generate
     python recipes/t5_glue.py --method SeededSign --method.keep 0.03 --fit Learn --compress.fit_on logits
     python recipes/t5_glue.py --data.dataset PATH --model.pretrained PATH        # local folders, see below
     python recipes/t5_glue.py ... --evaluate merged.safetensors     # only score weights, after `dtrain apply`
