@@ -52,6 +52,8 @@ class Beit3Config:
 
 
 SMALL = Beit3Config(width=48, depth=2, heads=4, image_size=8, patch_size=4, vocabulary=64, positions=66)  # for digits
+BASE = Beit3Config()
+LARGE = Beit3Config(width=1024, depth=24, heads=16)
 
 
 class Multiway(nn.Module):
