@@ -31,12 +31,14 @@ def choose_preset(argv: Sequence[str]) -> tuple[str, str]:
     return "hub", "an accelerator and the Hugging Face Hub are there"
 
 
-def names_class(argv: Sequence[str], argument: str) -> bool:
-    """Return whether a command line, or a `--config` file on it, says of which class `argument` is to be."""
+def named_class(argv: Sequence[str], argument: str) -> str | None:
+    """Return the class that a command line, or else a `--config` file on it, names for `argument`; None if neither."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{argument}")
+    given = vars(parser.parse_known_args(argv)[0])[argument]
     written = [config.get(argument) for config in configs(argv)]
-    return any(arg.split("=")[0] == f"--{argument}" for arg in argv) or any(
-        isinstance(value, str) or (isinstance(value, dict) and "class_path" in value) for value in written
-    )
+    names = [value.get("class_path") if isinstance(value, dict) else value for value in written]
+    return given or next((name for name in reversed(names) if name), None)
 
 
 def configs(argv: Sequence[str]) -> list[dict[str, Any]]:

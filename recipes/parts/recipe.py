@@ -15,7 +15,7 @@ from torch import nn
 import dtrain
 from dtrain.callbacks import AdamRCallback, DeltaCompressionCallback, compress_finished
 from dtrain.callbacks.weights_and_biases import check_installed, check_wandb
-from parts.presets import choose_preset, names_class
+from parts.presets import choose_preset, named_class
 
 Presets = Mapping[str, Mapping[str, Any]]
 
@@ -56,9 +56,12 @@ class RecipeCLI(LightningCLI):
         self.name = Path(sys.argv[0]).stem
         self.preset, why = choose_preset(sys.argv[1:])
         sys.stderr.write(f"preset: {self.preset} ({why})\n")  # standard output stays clean for --print_config
-        # A class that the user names takes no argument from the preset's: jsonargparse hands over those of one name.
-        chosen = [name for name in ("method", "fit") if names_class(sys.argv[1:], name)]
-        self.values = {name: value for name, value in presets[self.preset].items() if name not in chosen}
+        self.values = {**presets[self.preset]}
+        for argument in ("method", "fit"):
+            # A class that is named takes no argument from the preset's: jsonargparse would hand over those of one name.
+            if named := named_class(sys.argv[1:], argument):
+                name = named.removeprefix("dtrain.")
+                self.values[argument] = {"class_path": f"dtrain.{name}"} if hasattr(dtrain, name) else None
         self.monitor = monitor
         follows = hasattr(data, "num_classes") and "num_classes" in inspect.signature(model).parameters
         self.links = {**({"data.num_classes": "model.num_classes"} if follows else {}), **links}
