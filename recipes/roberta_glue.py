@@ -19,7 +19,6 @@ The base of `dtrain apply` is `checkpoints/dtrain-base-*.safetensors` in the fol
 that it has with a head. To ship for a folder of the Hub that has these names, as RoBERTa's, give it as --compress.base.
 """
 
-from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -140,7 +139,7 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     task, split = module.task, module.task.validation[0]
     train, val, held = (
-        [(module.encode(texts), labels) for texts, labels in islice(data.loader(name, 32), most)]
+        [(module.encode(texts), labels) for texts, labels in data.some(name, 32, most)]
         for name, most in zip(("train", split, "calibration"), LOOKED_AT.values(), strict=True)
     )
     truth = torch.cat([labels for _, labels in val])

@@ -22,7 +22,6 @@ base. The two tables of relative positions are compressed likewise.
 """
 
 from functools import partial
-from itertools import islice
 from typing import Any, Literal
 
 import lightning as L
@@ -166,8 +165,7 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
     task, split = module.task, module.task.validation[0]
     looked_at = (("train", LOOKED_AT["train"]), (split, LOOKED_AT["validation"]))
     train, val = (
-        [(module.encode(texts), labels) for texts, labels in islice(data.loader(name, 64), most)]
-        for name, most in looked_at
+        [(module.encode(texts), labels) for texts, labels in data.some(name, 64, most)] for name, most in looked_at
     )
     truth = torch.cat([labels for _, labels in val])
 
@@ -178,7 +176,7 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
     def probe() -> float:
         return t5.score(task, *probe_states(partial(t5.mean_states, network), train, val))
 
-    inputs = [module.encode(texts) for texts, _ in islice(data.loader("calibration", 32), 4)]
+    inputs = [module.encode(texts) for texts, _ in data.some("calibration", 32, 4)]
     compare(
         network,
         callback,

@@ -289,6 +289,5 @@ def test_what_a_whole_tensor_cannot_be_is_refused(raw_file):
 
 
 def test_a_whole_tensor_of_the_wrong_size_is_refused_before_it_is_made():
-    (record,) = unpack_file(whole(craft.pipeline(quantise=craft.sign()), b"\0", shape=(1 << 23, 1 << 24))).records
-    with pytest.raises(ArtifactError, match=r"tensor 'w': payload: 1 bytes where"):
-        dtrain.runtime.merged(record, None)
+    with pytest.raises(ArtifactError, match=r"tensor 'w': .*1 bytes where"):
+        unpack_file(whole(craft.pipeline(quantise=craft.sign()), b"\0", shape=(1 << 23, 1 << 24)))

@@ -34,7 +34,8 @@ def compare(
 
     Args:
         module: The fine-tuned network; it holds its weights again in the end.
-        callback: Says how to compress. Plain `Dare` is drawn beside its method.
+        callback: Says how to compress. Plain `Dare` is drawn beside its method. Where scales are fitted to the metric,
+            they are fitted to hidden states here.
         base: The weights that the fine-tuning started from.
         score: Scores `module` with the weights that it holds when called.
         probe: Scores a linear probe; called while `module` holds the base.
@@ -50,7 +51,8 @@ def compare(
     methods = {"Dare": (dtrain.Dare(), None), type(callback.method).__name__: (callback.method, callback.fit)}
     drawn = {name: (method, fit) for name, (method, fit) in methods.items() if can_keep(method)}
     points: dict[str, list[tuple[int, float]]] = {name: [] for name in drawn}  # bytes on disk, score
-    objective = dtrain.HiddenChange(module, inputs, forward)
+    change = dtrain.LogitChange if callback.fit_on == "logits" else dtrain.HiddenChange
+    objective = change(module, inputs, forward)
     calibration = dtrain.Calibration(module, inputs, forward)
     try:
         for keep, (name, (method, fit)) in product(keeps, drawn.items()):

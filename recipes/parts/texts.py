@@ -58,6 +58,16 @@ class TextData(L.LightningDataModule):
         rows = list(zip(self.parts[part].rows, self.parts[part].labels, strict=True))
         return DataLoader(rows, batch_size, **options)
 
+    def some(self, part: str, batch_size: int, batches: int) -> DataLoader:
+        """Return a loader of two batches at least, and of as many at most, of rows evenly spaced.
+
+        Validation texts are sorted by length: the first ones alone would be the shortest.
+        """
+        texts = self.parts[part]
+        step = -(-len(texts.rows) // (batch_size * batches))
+        rows = list(zip(texts.rows[::step], texts.labels[::step], strict=True))
+        return DataLoader(rows, min(batch_size, -(-len(rows) // 2)))
+
     def train_dataloader(self) -> DataLoader:
         sampler = SimilarLengths(lengths(self.parts["train"]), self.batch_size, self.seed)
         return self.loader("train", self.batch_size, sampler=sampler, drop_last=True)

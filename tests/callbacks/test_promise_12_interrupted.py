@@ -115,6 +115,14 @@ def resume(folder):
     return module
 
 
+@pytest.fixture(autouse=True)
+def _usual_handlers():
+    """Handle signals as in a terminal: a shell's background job ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """Return the final weights and the bytes of the file of unbroken runs, by their number of epochs."""

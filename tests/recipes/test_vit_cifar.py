@@ -127,7 +127,8 @@ def test_wandb_offline_keeps_the_summary(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     import wandb
 
-    wandb.finish()  # of whatever another test has left open
+    wandb.teardown()  # whatever another test has left open
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
     recipe("--trainer.logger=WandbLogger", "--trainer.logger.offline=true")
     logged = dict(wandb.run.summary)
     wandb.finish()
