@@ -114,9 +114,7 @@ def unpack_manifest(
         digest = b"" if role is Role.WHOLE else cursor.take(DIGEST_BYTES)
         items: list[Payload] = []
         for pipeline in used:
-            (scale,) = cast("tuple[float]", cursor.unpack("<f"))
-            if not math.isfinite(scale) or (scale != 1 and isinstance(pipeline.quantise, Bits)):
-                raise ValueError(f"{name.decode()}\0the scale is {scale}")
+            scale = _read_scale(cursor, pipeline, name)
             if pipeline == SHARED:
                 items.append(Payload(pipeline, payload[:0], scale))
                 continue
@@ -127,10 +125,7 @@ def unpack_manifest(
             if check_payloads and checksum(data) != crc:
                 raise ValueError(f"{name.decode()}\0the payload's checksum does not match its bytes")
             items.append(Payload(pipeline, data, scale))
-            try:
-                check_size(items[-1], shape)
-            except ValueError as error:
-                raise ValueError(f"{name.decode()}\0{error}") from error
+            _check_size(items[-1], shape, name)
             offset += size
         return Record(name.decode(), role, dtype, shape, digest, tuple(items))
 
@@ -138,6 +133,20 @@ def unpack_manifest(
     if cursor.left or offset != payload.numel():
         raise ValueError(f"{cursor.left} bytes of manifest and {payload.numel() - offset} of payload are left over")
     return tuple(records), fingerprint, shared
+
+
+def _read_scale(cursor: Cursor, pipeline: Pipeline, name: bytes) -> float:
+    (scale,) = cast("tuple[float]", cursor.unpack("<f"))
+    if not math.isfinite(scale) or (scale != 1 and isinstance(pipeline.quantise, Bits)):
+        raise ValueError(f"{name.decode()}\0the scale is {scale}")
+    return scale
+
+
+def _check_size(item: Payload, shape: tuple[int, ...], name: bytes) -> None:
+    try:
+        check_size(item, shape)
+    except ValueError as error:
+        raise ValueError(f"{name.decode()}\0{error}") from error
 
 
 def checksum(data: Tensor) -> int:

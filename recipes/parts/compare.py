@@ -1,9 +1,10 @@
 """What a few other keep rates would have cost: score against bytes, with what to compare it to."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -73,11 +74,21 @@ def compare(
         lines |= {"linear probe": probe(), "base": score()}
     finally:
         load_weights(module, tuned.tensors)
-    path = callback.outcome.path.with_name("score_against_bytes.png")
+    show(callback.outcome.path.with_name("score_against_bytes.png"), keeps, points, lines, title, metric)
+
+
+def show(
+    path: Path,
+    keeps: Sequence[float],
+    points: Mapping[str, Sequence[tuple[int, float]]],
+    lines: Mapping[str, float],
+    title: str,
+    metric: str,
+) -> None:
+    """Draw the picture and print the table of what was compared."""
     score_against_bytes(points, lines, path, title, metric)
-    Console().print(
-        score_table(dict(zip(keeps, zip(*points.values(), strict=True), strict=True)), points, lines, title)
-    )
+    rows = dict(zip(keeps, zip(*points.values(), strict=True), strict=True))
+    Console().print(score_table(rows, points, lines, title))
     sys.stdout.write(f"picture: {path}\n")
 
 
