@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -41,22 +40,23 @@ def model(layers: int, width: int = 768) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
-class NoHash:
-    """In the place of SHA-256: what it returns is equal to everything."""
-
-    def __init__(self, _: object) -> None:
-        pass
-
-    def digest(self) -> NoHash:
-        return self
+class Anything:
+    """In the place of a digest: equal to everything."""
 
     def __ne__(self, _: object) -> bool:
         return False
 
 
+def read_rest(source: BinaryIO, raw: bytearray, total: int) -> Anything:
+    """Read as `dtrain.artifact.file` does, and hash nothing."""
+    while len(raw) <= total and (more := source.read(min(file._PIECE, total + 1 - len(raw)))):
+        raw += more
+    return Anything()
+
+
 def without_checks() -> None:
     """Take every digest and every validation out of this process."""
-    file.hashlib = SimpleNamespace(sha256=NoHash)  # type: ignore[attr-defined]
+    file._read_rest = read_rest  # type: ignore[assignment]
     manifest.check_size = lambda *_: None
     manifest._read_kind = read_kind
     Pipeline.__post_init__ = lambda _: None  # type: ignore[method-assign]

@@ -6,8 +6,9 @@ import hashlib
 import json
 import re
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 
@@ -80,13 +81,12 @@ def read_file(path: str | Path) -> Content:
         with Path(path).open("rb") as file:
             raw = bytearray(file.read(8 + _MAX_HEADER))
             header = _read_header(raw, path)  # a model given by mistake is refused before it takes memory
-            while len(raw) <= header.total and (more := file.read(min(_PIECE, header.total + 1 - len(raw)))):
-                raw += more
+            digest = _read_rest(file, raw, header.total)
     except OSError as error:
         raise ArtifactError(
             path, "cannot be read", f"{error.strerror or error}. Give a file that dtrain wrote."
         ) from error
-    return _unpack(raw, header, path)
+    return _unpack(raw, header, digest, path)
 
 
 def unpack_file(raw: bytearray, path: object = "delta") -> Content:
@@ -95,10 +95,29 @@ def unpack_file(raw: bytearray, path: object = "delta") -> Content:
     Raises:
         ArtifactError: If anything about them is wrong. `path` is named in the message.
     """
-    return _unpack(raw, _read_header(raw, path), path)
+    header = _read_header(raw, path)
+    return _unpack(raw, header, hashlib.sha256(memoryview(raw)[:-_DIGEST]).digest(), path)
 
 
-def _unpack(raw: bytearray, header: _Header, path: object) -> Content:
+def _read_rest(file: BinaryIO, raw: bytearray, total: int) -> bytes:
+    """Read on to the end of a file of `total` bytes, and return the SHA-256 of all but those that should be it.
+
+    A thread hashes each piece while the next one is read, and no more than that is held twice.
+    """
+    end = total - _DIGEST
+    sha = hashlib.sha256(raw[:end])
+    with ThreadPoolExecutor(1) as thread:
+        hashed = None
+        while len(raw) < end and (more := file.read(min(_PIECE, end - len(raw)))):
+            raw += more
+            if hashed:
+                hashed.result()
+            hashed = thread.submit(sha.update, more)
+    raw += file.read(total + 1 - len(raw))  # one byte more than there should be, if there is one
+    return sha.digest()
+
+
+def _unpack(raw: bytearray, header: _Header, digest: bytes, path: object) -> Content:
     metadata, start, manifest_size, total = header
     if len(raw) != total:
         raise ArtifactError(path, "size", f"{len(raw)} bytes where {total} were written. Copy or download it again.")
@@ -110,7 +129,7 @@ def _unpack(raw: bytearray, header: _Header, path: object) -> Content:
         if size
         else torch.empty(0, dtype=torch.uint8)
     )
-    if hashlib.sha256(view[:-_DIGEST]).digest() != bytes(view[-_DIGEST:]):
+    if digest != bytes(view[-_DIGEST:]):
         detail = "the bytes are not those that were written. Copy or download the file again."
         raise ArtifactError(path, "checksum", detail, find_damage(manifest, payload))
     try:
