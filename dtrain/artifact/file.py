@@ -113,7 +113,7 @@ def _read_rest(file: BinaryIO, raw: bytearray, total: int) -> bytes:
             if hashed:
                 hashed.result()
             hashed = thread.submit(sha.update, more)
-    raw += file.read(total + 1 - len(raw))  # one byte more than there should be, if there is one
+    raw += file.read(_DIGEST + 1)  # one byte more than there should be, if there is one
     return sha.digest()
 
 
