@@ -48,7 +48,7 @@ def compress_finished(
             "without a checkpoint nothing says what the fine-tuning started from. Give DeltaCompressionCallback("
             "base=...) those weights."
         )
-    with _without_saving(trainer), _with(trainer, _BeforeNextStep()):
+    with _without_saving(trainer), _same_limits(trainer), _with(trainer, _BeforeNextStep()):
         trainer.fit(pl_module, ckpt_path=None if checkpoint is None else str(checkpoint), **data)
 
 
@@ -80,6 +80,20 @@ def _with(trainer: pl.Trainer, callback: pl.Callback) -> Generator[None]:
         yield
     finally:
         callbacks.remove(callback)
+
+
+@contextmanager
+def _same_limits(trainer: pl.Trainer) -> Generator[None]:
+    """A context that leaves the trainer with the limits it had: it may go on with the training."""
+    loop = cast("Any", trainer.fit_loop)
+    held = [(loop, "max_epochs"), (loop, "min_epochs"), (loop.epoch_loop, "max_steps"), (loop.epoch_loop, "min_steps")]
+    held.append((trainer, "check_val_every_n_epoch"))
+    before = [getattr(holder, name) for holder, name in held]
+    try:
+        yield
+    finally:
+        for (holder, name), value in zip(held, before, strict=True):
+            setattr(holder, name, value)
 
 
 @contextmanager

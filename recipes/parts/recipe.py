@@ -14,6 +14,7 @@ from torch import nn
 
 import dtrain
 from dtrain.callbacks import AdamRCallback, DeltaCompressionCallback, compress_finished
+from dtrain.callbacks.outcome import run_folder
 from dtrain.callbacks.weights_and_biases import check_installed, check_wandb
 from parts.presets import choose_preset, named_class
 
@@ -23,7 +24,13 @@ Presets = Mapping[str, Mapping[str, Any]]
 class LogConfig(SaveConfigCallback):
     """Keeps the whole configuration beside the run, and gives it to the loggers by the names of the command line."""
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.folder = run_folder(trainer)  # every process takes part, which they do not in `save_config`
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(self.folder / self.config_filename), skip_none=False, overwrite=True)
         flat = {name: plain(value) for name, value in vars(self.config.as_flat()).items() if name != "config"}
         for logger in trainer.loggers:
             logger.log_hyperparams(flat)
@@ -54,7 +61,7 @@ class RecipeCLI(LightningCLI):
         links: Mapping[str, str],
     ) -> None:
         self.name = Path(sys.argv[0]).stem
-        self.preset, why = choose_preset(sys.argv[1:])
+        self.preset, why = choose_preset(sys.argv[1:], presets["hub"])
         sys.stderr.write(f"preset: {self.preset} ({why})\n")  # standard output stays clean for --print_config
         self.values = {**presets[self.preset]}
         for argument in ("method", "fit"):
@@ -69,7 +76,7 @@ class RecipeCLI(LightningCLI):
             model,
             data,
             save_config_callback=LogConfig,
-            save_config_kwargs={"overwrite": True},  # a run that is resumed, or an agent of a sweep, comes again
+            save_config_kwargs={"save_to_log_dir": False},  # which all runs of a WandbLogger share
             seed_everything_default=0,
             run=False,
         )

@@ -82,6 +82,16 @@ def test_the_module_holds_the_fine_tuned_weights_in_the_end(tmp_path, finished):
     assert [type(callback).__name__ for callback in trainer.callbacks] == ["DeltaCompressionCallback"]
 
 
+def test_the_trainer_may_go_on(tmp_path, finished):
+    module, limits = Classifier(), {"epochs": 4, "min_epochs": 4, "min_steps": 1, "check_val_every_n_epoch": 2}
+    trainer = again(module, tmp_path, compress(tmp_path / "other.safetensors"), **limits)
+    assert (trainer.max_epochs, trainer.min_epochs, trainer.min_steps) == (4, 4, 1)
+    assert (trainer.max_steps, trainer.check_val_every_n_epoch) == (-1, 2)
+    trainer.should_stop = False
+    trainer.fit(module, train_loader(), val_loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert (trainer.current_epoch, trainer.global_step) == (4, 12)
+
+
 def test_adamr_does_not_mind(tmp_path):
     pull = {"strength": 0.1}
     first = compress(tmp_path / "one.safetensors", SEARCH)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Pil
 from safetensors.torch import load_file, save_file
@@ -130,12 +131,15 @@ def test_wandb_offline_keeps_the_summary(recipe, tmp_path, monkeypatch):
     wandb.teardown()  # whatever another test has left open
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
     recipe("--trainer.logger=WandbLogger", "--trainer.logger.offline=true")
-    logged = dict(wandb.run.summary)
+    logged, run_id = dict(wandb.run.summary), wandb.run.id
     wandb.finish()
     assert logged["dtrain/bytes"] == (tmp_path / "runs/vit_cifar/delta.safetensors").stat().st_size
     assert {f"dtrain/{name}" for name in ("ratio", "metric_base", "metric_finetuned", "metric_drop")} <= logged.keys()
     assert logged["dtrain/projected_bytes"] == pytest.approx(logged["dtrain/bytes"], abs=300)
     assert logged["dtrain/fit_loss"] <= logged["dtrain/fit_start"]
+    (config,) = tmp_path.rglob("config.yaml")  # not in the folder that all runs of the logger share
+    assert run_id in config.parent.name
+    assert yaml.safe_load(config.read_text())["trainer"]["max_steps"] == 12
 
 
 @pytest.mark.parametrize(
@@ -151,6 +155,13 @@ def test_bad_input_gets_a_sentence(recipe, tmp_path, arguments, sentence):
     with pytest.raises(SystemExit, match=sentence):
         recipe(*arguments)
     assert not list(tmp_path.rglob("delta.safetensors"))
+
+
+@pytest.mark.parametrize(("text", "says"), [("a: [1", "is no YAML"), ("- 1", "holds a list")])
+def test_broken_config_file_gets_a_sentence(recipe, tmp_path, text, says):
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(SystemExit, match=rf"vit_cifar: .*broken\.yaml {says}"):
+        recipe("--config", str(tmp_path / "broken.yaml"))
 
 
 def test_unknown_method_is_refused_by_the_parser(recipe, capsys):
