@@ -33,6 +33,7 @@ from torch.nn.functional import cross_entropy
 
 import dtrain
 from bench.cells import Cell, parser_for, read_results, show, task_of
+from bench.memory import reset_peak, resident
 from bench.tasks import Task, write_json
 
 THREADS, ROUNDS = 2, 3
@@ -68,7 +69,7 @@ def child(name: str, shared: Path) -> None:
     task.model.load_state_dict(task.tuned)
     warm_up(task)
     start = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    reset_peak()
     wall, spent = time.perf_counter(), time.process_time()
     result = WORK[name](task)
     seconds = {"seconds": time.process_time() - spent, "wall_seconds": time.perf_counter() - wall}
@@ -84,12 +85,6 @@ def warm_up(task: Task) -> None:
     task.model.zero_grad(set_to_none=True)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def resident(field: str) -> int:
-    """Return one line of the kernel's account of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 
 
 def model_bytes(task: Task) -> int:

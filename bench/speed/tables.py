@@ -1,0 +1,212 @@
+"""What was measured, as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RESULTS = Path("bench/results/speed")
+#: Parameters and dtype of the pairs of models, in the order in which they are measured.
+PAIRS = (
+    ("bfloat16", "20M"),
+    ("float32", "20M"),
+    ("bfloat16", "100M"),
+    ("float32", "100M"),
+    ("bfloat16", "300M"),
+    ("bfloat16", "1B"),
+)
+COPY = "memory copy"
+#: Of dtrain and another tool, the two that do the same: signs of everything, a tenth of the elements, all bits.
+ALIKE = (
+    ("dtrain BitDelta", "deltatensors quantized"),
+    ("dtrain DareX", "deltatensors sparse"),
+    ("dtrain DareX", "deltatensors int4"),
+    ("dtrain DareX", "sparse-llm int8"),
+    ("dtrain Lossless", "zipnn"),
+    ("dtrain Lossless", "zstd -3"),
+)
+TITLES = {
+    "write": "Two models in memory, a file on the disk (compress and save)",
+    "read": "A file and the base in memory, all fine-tuned weights in memory (load and rebuild)",
+    "swap": "The fine-tuned weights into a live module (apply)",
+}
+#: The steps of an operation that its table is about; None for all of them.
+STEPS: dict[str, str | None] = {"write": None, "read": None, "swap": "apply"}
+
+Cells = dict[str, dict[str, Any]]
+Found = dict[tuple[str, str], Cells]
+Row = Mapping[str, Any]
+
+
+def file_of(dtype: str, size: str) -> Path:
+    return RESULTS / f"{dtype}-{size}.json"
+
+
+def cells() -> Found:
+    """Return all cells by dtype and size, and then by key."""
+    files = {pair: file_of(*pair) for pair in PAIRS}
+    return {pair: json.loads(file.read_text())["cells"] for pair, file in files.items() if file.exists()}
+
+
+def totals(row: Row, clock: int, step: str | None = None) -> list[float]:
+    """Return the seconds (clock 0) or the processor seconds (1) of every round, of all steps or of one."""
+    steps = [values for name, values in row["steps"].items() if step in (None, name)]
+    return [sum(value[clock] for value in values) for values in zip(*steps, strict=True)]
+
+
+def ratio(row: Row, floor: Row, step: str | None = None) -> float:
+    """Return the median over the rounds of the ratio of processor seconds, which others on the machine change least."""
+    pairs = zip(totals(row, 1, step), totals(floor, 1, floor_step(floor, step)), strict=True)
+    return median(a / b for a, b in pairs)
+
+
+def floor_step(floor: Row, step: str | None) -> str | None:
+    return step if step in floor["steps"] else None
+
+
+def rate(row: Row, size: int, step: str | None = None, pick: Callable[[list[float]], float] = min) -> float:
+    """Return MB of the fine-tuned checkpoint per second, in the fastest round or in the median one."""
+    return size / 1e6 / pick(totals(row, 0, step))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown whose first column is words."""
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows)) + "\n"
+
+
+def markdown() -> str:
+    """Return everything that was measured, the losses first."""
+    found = cells()
+    if not found:
+        return "Nothing has been measured yet: `python -m bench.speed`.\n"
+    parts = [introduction(found), losses(found)]
+    parts += [f"**{TITLES[what]}**\n\n{operation(found, what)}" for what in TITLES if has(found, what)]
+    parts += [steps_table(found), memory_table(found), optimizer_table(found), others_table(found)]
+    return "\n".join(filter(None, parts))
+
+
+def has(found: Found, key: str) -> bool:
+    return any(key in these for these in found.values())
+
+
+def introduction(found: Found) -> str:
+    machines = [cell["machine"] for these in found.values() for cell in these.values()]
+    names = sorted({f"{m['cpu']}, {m['cores']} cores, torch {m['torch']}" for m in machines})
+    loads = [m["load"] for m in machines]
+    threads = sorted({cell["settings"]["threads"] for these in found.values() for cell in these.values()})
+    return (
+        f"Measured on {'; '.join(names)}; {', '.join(map(str, threads))} thread(s) a process; the load average was "
+        f"{min(loads)} to {max(loads)} meanwhile. MB/s are of the fine-tuned checkpoint, in the fastest round and by the "
+        "clock on the wall. In brackets is the ratio to a memory copy of the checkpoint: the median over the rounds of "
+        "processor seconds of the same round. dtrain hashes the whole base each time, syncs what it writes, and treats "
+        "every tensor here, the embeddings too.\n\n"
+        "![MB/s and peak memory against parameters](docs/results/speed.png)\n"
+    )
+
+
+def losses(found: Found) -> str:
+    """Return where other tools that do alike are faster, the worst first."""
+    lines = sorted(comparisons(found), reverse=True)
+    if not lines:
+        return ""
+    rows = [[f"{ours} / {theirs}", what, pair, f"{value:.2f}"] for value, ours, theirs, what, pair in lines]
+    lost, won = ([row for row in rows if (float(row[3]) > 1) == worse] for worse in (True, False))
+    header = ("dtrain / other tool", "operation", "models", "ratio of processor seconds")
+    text = f"**Where we lose.** In {len(lost)} of {len(rows)} comparisons with a tool that stores much the same:\n\n"
+    return f"{text}{table(header, lost)}\nIn the others dtrain is faster:\n\n{table(header, won)}"
+
+
+def comparisons(found: Found) -> Iterator[tuple[float, str, str, str, str]]:
+    for (dtype, size), these in found.items():
+        for what in TITLES:
+            rows = these.get(what, {}).get("found", {})
+            for ours, theirs in ALIKE:
+                if ours in rows and theirs in rows:
+                    yield ratio(rows[ours], rows[theirs], STEPS[what]), ours, theirs, what, f"{size} {dtype}"
+
+
+def operation(found: Found, what: str) -> str:
+    """Return MB/s and ratio to a memory copy, by contender and pair of models."""
+    columns = {pair: these[what]["found"] for pair, these in found.items() if what in these}
+    names = dict.fromkeys(name for rows in columns.values() for name in rows)
+    header = ["", *[f"{size} {dtype}" for dtype, size in columns], "file, share of the checkpoint", "lossless"]
+    lines: list[list[str]] = []
+    for name in names:
+        line = [name, *(speed(r[name], r[COPY], STEPS[what]) if name in r else "-" for r in columns.values())]
+        first = next(rows for rows in columns.values() if name in rows)
+        line += [f"{first[name]['bytes'] / first[COPY]['bytes']:.2%}", "yes" if first[name]["exact"] else "no"]
+        lines.append(line)
+    return table(header, lines)
+
+
+def speed(row: Row, floor: Row, step: str | None) -> str:
+    step = floor_step(row, step)
+    return f"{rate(row, floor['bytes'], step):,.0f} ({ratio(row, floor, step):.1f})"
+
+
+def steps_table(found: Found) -> str:
+    """Return MB/s of each of dtrain's steps by itself."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for position, these in enumerate(found.values()):
+        for what in TITLES:
+            rows = these.get(what, {}).get("found", {})
+            for name, row in rows.items():
+                for step in row["steps"] if row["kind"] == "dtrain" else ():
+                    line = lines.setdefault((name, step), ["-"] * len(found))
+                    line[position] = f"{rate(row, rows[COPY]['bytes'], step):,.0f}"
+    header = ["step, MB/s", *[f"{size} {dtype}" for dtype, size in found]]
+    ordered = [[f"{name}: {step}", *line] for (name, step), line in lines.items()]
+    return f"**dtrain, step by step**\n\n{table(header, ordered)}" if lines else ""
+
+
+def memory_table(found: Found) -> str:
+    """Return the peak memory beyond what holds the models, as a share of the checkpoint."""
+    columns = [pair for pair, these in found.items() if any(key.startswith("memory | ") for key in these)]
+    lines: dict[tuple[str, str], list[str]] = {}
+    for position, pair in enumerate(columns):
+        for key, cell in found[pair].items():
+            for what, steps in cell["found"].items() if key.startswith("memory | ") else ():
+                line = lines.setdefault((key.removeprefix("memory | "), what), ["-"] * len(columns))
+                peak = max(steps.values())
+                line[position] = f"{peak / 1e6:,.0f} ({peak / cell['checkpoint_bytes']:.2f})"
+    header = ["peak MB (of the checkpoint's size)", *[f"{size} {dtype}" for dtype, size in columns]]
+    ordered = [[f"{name}: {what}", *line] for (name, what), line in sorted(lines.items(), key=lambda item: item[0][1])]
+    if not lines:
+        return ""
+    return (
+        "**Memory beyond what holds the models** (a process each; what read returns counts, and so do the pages of "
+        f"files that deltatensors maps in bfloat16)\n\n{table(header, ordered)}"
+    )
+
+
+def optimizer_table(found: Found) -> str:
+    """Return what a step of each optimizer costs, and its ratios to torch's AdamW of the same kind and to a copy."""
+    columns = {pair: these["step"]["found"] for pair, these in found.items() if "step" in these}
+    names = dict.fromkeys(name for rows in columns.values() for name in rows)
+    lines = [[name, *(optimizer(r, name) if name in r else "-" for r in columns.values())] for name in names]
+    header = ["optimizer: ms, ratio to its AdamW, to a copy", *[f"{size} {dtype}" for dtype, size in columns]]
+    return f"**A step of AdamR**\n\n{table(header, lines)}" if lines else ""
+
+
+def optimizer(rows: Mapping[str, Row], name: str) -> str:
+    peer = name.replace("AdamR", "AdamW").partition(",")[0]
+    row = rows[name]
+    to_peer = f"{ratio(row, rows[peer]):.2f}" if peer in rows else "-"
+    return f"{1000 * min(totals(row, 0)):,.1f}, {to_peer}, {ratio(row, rows[COPY]):.1f}"
+
+
+def others_table(found: Found) -> str:
+    """Return the rates of the methods that are measured at one size only."""
+    lines: dict[str, list[str]] = {}
+    for these in found.values():
+        for position, what in enumerate(("write", "read")):
+            rows = these.get(f"{what} | other methods", {}).get("found", {})
+            for name, row in rows.items():
+                line = lines.setdefault(name, ["-", "-"])
+                line[position] = speed(row, rows[COPY], None)
+    header = ("the other methods, 20M bfloat16", "compress and save", "load and rebuild")
+    return table(header, [[name, *line] for name, line in lines.items()]) if lines else ""
