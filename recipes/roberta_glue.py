@@ -3,7 +3,7 @@
     python recipes/roberta_glue.py                          # RoBERTa-base on SST-2 where there is a GPU and the Hub
     python recipes/roberta_glue.py --preset offline         # a small RoBERTa on English: minutes on two cores
     python recipes/roberta_glue.py --preset hub --data.task mnli --trainer.max_steps 10000
-    python recipes/roberta_glue.py --data.task next_sentence --method DareX --method.keep 0.1 --fit null
+    python recipes/roberta_glue.py --method DareX --method.keep 0.1 --fit null
     python recipes/roberta_glue.py --data.dataset PATH --model.pretrained PATH          # local folders, see below
     python recipes/roberta_glue.py --trainer.logger WandbLogger --trainer.logger.offline true
     python recipes/roberta_glue.py ... --evaluate merged.safetensors     # only score weights, after `dtrain apply`

@@ -21,6 +21,7 @@ is the output layer as well, so the method compresses it, where dtrain leaves th
 base. The two tables of relative positions are compressed likewise.
 """
 
+import sys
 from functools import partial
 from typing import Any, Literal
 
@@ -42,7 +43,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "hub": {
         "data.dataset": "nyu-mll/glue",
         "data.revision": "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c",
-        "data.task": "sst2",
         "model.pretrained": "google-t5/t5-base",
         "model.revision": "a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1",
         "model.lr": 1e-4,
@@ -78,7 +78,7 @@ class Prompts(TextData):
         def marked(rows: list[tuple[tuple[str, ...], Tensor]]) -> tuple[list[tuple[str, ...]], Tensor, bool]:
             return (*default_collate(rows), True)
 
-        return self.loader("calibration", self.batch_size, collate_fn=marked)
+        return super().calibration_dataloader(collate_fn=marked)
 
 
 class T5(L.LightningModule):
@@ -91,7 +91,8 @@ class T5(L.LightningModule):
         revision: Revision of a Hub model.
         lr: Peak learning rate of AdamW; it warms up over a tenth of the steps and falls as a cosine.
         scoring: Which answers `val_score` is made of: `rank` takes the likeliest label, `generate` lets the model
-            write. Validation logs both.
+            write. Validation logs both. Scales that are fitted to it (--compress.fit_on metric) are fitted to `rank`
+            either way: that is fast.
         max_length: Tokens after which a prompt is cut.
     """
 
@@ -140,7 +141,7 @@ class T5(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         first = self.task.metrics[0]
         scored = {name: metrics for name, metrics in self.scores.items() if metrics[first].update_called}
-        values = {f"{name}_{metric}": value for name in scored for metric, value in t5.compute(scored[name]).items()}
+        values = {f"{name}_{metric}": value for name in scored for metric, value in scored[name].compute().items()}
         self.log_dict({name.replace("validation", "val"): value for name, value in values.items()})
         ways = [f"{self.task.validation[0]}_{way}_{first}" for way in (self.scoring, "rank")]
         self.log("val_score", next(values[way] for way in ways if way in values), prog_bar=True)  # of fits, the rank
@@ -154,6 +155,8 @@ class T5(L.LightningModule):
 def main() -> None:
     links = {"data.task": "model.task", "model.folder": "compress.base"}
     cli = open_recipe(T5, Prompts, PRESETS, monitor="val_score", links=links)
+    if cli.model.scoring == "generate" and cli.config.compress.fit_on == "metric":
+        sys.stderr.write("fit: scales are fitted to ranked labels; what the model writes is only scored\n")
     callback = cli.train()
     if callback is not None:
         picture(cli, callback)

@@ -90,8 +90,7 @@ class Learn(Fit):
         batches: int = getattr(problem.objective, "batches", 0)
         if batches == 1:
             raise InputError(
-                "Learn learns from some batches and stops by others, and got one. Give two or more, if need be smaller "
-                "ones (on the command line --calibration.batch)."
+                "Learn learns from some batches and stops by others, and got one. Give smaller batches or more inputs."
             )
         first = batches - max(1, round(batches * self.held_out))
         return range(first), range(first, batches)

@@ -19,6 +19,7 @@ END = re.compile(r'(?<=[.?!:])\s+(?=[A-Z"“(])')
 WORDS = (5, 40)  # of a sentence; what is shorter is a heading, what is longer a table
 COPIES = 4  # training examples of either kind per sentence: there are few sentences
 VALIDATION_EVERY = 5  # every fifth document is for validation
+CALIBRATION_EVERY = 10  # and every tenth, none of them, to fit scales on
 
 
 @cache
@@ -53,13 +54,24 @@ def reads_as_english(sentence: str) -> bool:
 
 
 def split_english() -> dict[str, Documents]:
-    """Return the documents of "train", which a base may be pre-trained on as well, and those of "validation"."""
-    documents = english()
-    held = set(range(VALIDATION_EVERY - 1, len(documents), VALIDATION_EVERY))
-    return {
-        "train": [document for index, document in enumerate(documents) if index not in held],
-        "validation": [documents[index] for index in sorted(held)],
-    }
+    """Return the documents of "train", of "validation" and of "calibration"."""
+    splits: dict[str, Documents] = {"train": [], "validation": [], "calibration": []}
+    for index, document in enumerate(english()):
+        is_held = index % CALIBRATION_EVERY == 0
+        splits["validation" if is_val(index) else "calibration" if is_held else "train"].append(document)
+    return splits
+
+
+def to_pretrain() -> Documents:
+    """Return what a base may be pre-trained on: all documents but those for validation.
+
+    Those for calibration are among them: what must not have seen them is the fine-tuning, whose change is compressed.
+    """
+    return [document for index, document in enumerate(english()) if not is_val(index)]
+
+
+def is_val(index: int) -> bool:
+    return index % VALIDATION_EVERY == VALIDATION_EVERY - 1
 
 
 def word_order() -> dict[str, Texts]:
@@ -103,7 +115,7 @@ def next_sentence() -> dict[str, Texts]:
 
 
 def to_splits(examples: Callable[[Documents, int, Generator], Labelled]) -> dict[str, Texts]:
-    """Return both splits of a task: several examples per sentence for training, one of either kind for validation."""
+    """Return the splits of a task: several examples per sentence for training, one of either kind for the others."""
     splits = {}
     for seed, (name, documents) in enumerate(split_english().items()):
         found = examples(documents, COPIES if name == "train" else 1, Generator().manual_seed(seed))

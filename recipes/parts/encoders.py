@@ -1,6 +1,7 @@
 """Encoders of texts with a head for a task: a Hub model, a local folder, or a small one pre-trained on the spot."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,8 +39,8 @@ def load_encoder(pretrained: str, task: GlueTask, revision: str = "main") -> tup
             config = AutoConfig.from_pretrained(pretrained, revision=revision)
             check_head(pretrained, config, task)
             config.num_labels = task.outputs
-            model = AutoModelForSequenceClassification.from_pretrained(
-                pretrained, config=config, revision=revision, dtype=torch.float32
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                pretrained, config=config, revision=revision, dtype=torch.float32, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(pretrained, revision=revision)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -50,13 +51,16 @@ def load_encoder(pretrained: str, task: GlueTask, revision: str = "main") -> tup
                 f"as a local folder nor from the Hub ({str(error).strip().splitlines()[0]}). Give a local folder with "
                 "--model.pretrained, or run without network: --preset offline."
             ) from error
+    inside = f"{model.base_model_prefix}."  # the head is outside, and with it a pooler may be fresh
+    needed = [name for name in found["missing_keys"] if name.startswith(inside) and ".pooler." not in name]
+    check_complete(pretrained, needed, found["unexpected_keys"])
     check_tokenizer(pretrained, tokenizer, model)
     return model.train(), tokenizer
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from reporting a fresh head, which is meant, and a bar for what takes a moment."""
+    """Keep transformers from reporting a fresh head, which is meant, and from a bar for what takes a moment."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -67,13 +71,33 @@ def quiet() -> Iterator[None]:
 
 
 def check_head(pretrained: str, config: Any, task: GlueTask) -> None:
-    """Raise an InputError if the model was fine-tuned to tell other classes than those of the task."""
-    kinds = config.architectures or []
-    if any(kind.endswith("ForSequenceClassification") for kind in kinds) and config.num_labels != task.outputs:
-        wanted = f"the classes {', '.join(task.labels)}" if task.labels else "one number"
+    """Raise an InputError if the model was fine-tuned to tell other classes, or in another order, than the task has."""
+    if not any(kind.endswith("ForSequenceClassification") for kind in config.architectures or []):
+        return
+    names = [str(config.id2label[which]) for which in sorted(config.id2label)]
+    nameless = not task.labels or all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+    same = len(names) == task.outputs if nameless else [*map(plain, names)] == [*map(plain, task.labels)]
+    if not same:
+        wanted = f"the classes {', '.join(task.labels)}, in this order" if task.labels else "one number"
         raise InputError(
-            f"{pretrained!r} has a head of {config.num_labels} outputs, {list(config.id2label.values())}, but "
-            f"{task.name!r} asks for {wanted}. Give a base without a head, or one of this task."
+            f"{pretrained!r} has a head of {len(names)} outputs, {names}, but {task.name!r} asks for {wanted}. Give a "
+            "base without a head, or one of this task."
+        )
+
+
+def plain(label: str) -> str:
+    """Return what is the same in all spellings of a label: `not_entailment`, `Not Entailment`."""
+    return re.sub(r"[\W_]", "", label).casefold()
+
+
+def check_complete(pretrained: str, missing: Iterable[str], unknown: Iterable[str]) -> None:
+    """Raise an InputError if weights are not in the file: transformers begins with random ones instead."""
+    lacks, has = (sorted(names) for names in (missing, unknown))
+    if lacks:
+        instead = f" It has {', '.join(has[:3])} instead." if has else ""
+        raise InputError(
+            f"{pretrained!r} lacks {len(lacks)} tensors of the model in its config.json, such as "
+            f"{', '.join(lacks[:3])}.{instead} Save all weights by the names that transformers gives them."
         )
 
 

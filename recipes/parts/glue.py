@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
@@ -96,6 +97,18 @@ def task_metrics(task: GlueTask) -> MetricCollection:
     return MetricCollection({name: make_metric(name, len(task.labels)) for name in task.metrics})
 
 
+class Matthews(MulticlassMatthewsCorrCoef):
+    """Matthews' correlation as scikit-learn and GLUE have it: answers, or labels, of one class correlate with nothing.
+
+    TorchMetrics divides by a small number there: 0.41 for three equal answers of which one is wrong.
+    """
+
+    def compute(self) -> Tensor:
+        value = super().compute()
+        constant = any(int((self.confmat.sum(side) > 0).sum()) < 2 for side in (0, 1))
+        return torch.zeros_like(value, dtype=torch.float32) if constant else value
+
+
 def make_metric(name: str, classes: int) -> Metric:
     """Return a metric by its key in `GlueTask.metrics`."""
     if name == "accuracy":
@@ -103,7 +116,7 @@ def make_metric(name: str, classes: int) -> Metric:
     if name == "f1":
         return BinaryF1Score()
     if name == "matthews":
-        return MulticlassMatthewsCorrCoef(classes)
+        return Matthews(classes)
     if name == "pearson":
         return PearsonCorrCoef()
     with warnings.catch_warnings():  # it keeps all predictions, which for a validation split is no matter

@@ -16,7 +16,7 @@ from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
 
 from dtrain.artifact.atomic import write_atomic
 from dtrain.progress import progress
-from parts.corpus import split_english
+from parts.corpus import to_pretrain
 
 CACHE = Path("runs/cache/roberta_english_base")
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # in RoBERTa's order, but for the last
@@ -100,7 +100,7 @@ def pretrain_on_english(stages: Sequence[tuple[int, int, int, int]] = STAGES) ->
     """Train the small base, once, and return its folder: laid out as one of the Hub."""
     if (CACHE / "model.safetensors").exists():
         return CACHE
-    documents = split_english()["train"]
+    documents = to_pretrain()
     tokenizer = train_tokenizer([sentence for document in documents for sentence in document])
     tokens = torch.tensor([token for document in documents for token in tokenizer(" ".join(document))["input_ids"]])
     with torch.random.fork_rng(devices=[]):  # whether the base was cached must not change the fine-tuning

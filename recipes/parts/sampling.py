@@ -1,4 +1,4 @@
-"""An order of training examples that wastes little on padding."""
+"""Orders of examples that waste little on padding, and batches of which some can be held out."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import Sampler
 
 POOL = 16  # batches that are sorted by length together
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class SimilarLengths(Sampler[int]):
@@ -36,3 +37,18 @@ class SimilarLengths(Sampler[int]):
             near = sorted(order[pool : pool + POOL * self.batch_size], key=self.lengths.__getitem__)
             for batch in torch.randperm(len(near) // self.batch_size, generator=generator).tolist():
                 yield from near[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def representative(lengths: Sequence[int], batch_size: int) -> list[int]:
+    """Return a fixed order of all examples: batches have similar lengths, and the first few stand for all of them."""
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
+    count = len(order) // batch_size
+    near = sorted(order[: count * batch_size], key=lengths.__getitem__)
+    # Multiples of the golden ratio lie evenly, however many: the middle batch comes first, then one from either side.
+    batches = sorted(range(count), key=lambda batch: (batch - count // 2) * GOLDEN % 1)
+    return [near[batch * batch_size + row] for batch in batches for row in range(batch_size)] + order[len(near) :]
+
+
+def in_two(rows: int, batch_size: int) -> int:
+    """Return a batch size of which there are two batches: scales are learnt from one, the other says when to stop."""
+    return max(1, min(batch_size, -(-rows // 2)))

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, randperm
 from transformers import T5Config, T5ForConditionalGeneration
 
 from dtrain.progress import progress
-from parts.corpus import split_english
+from parts.corpus import to_pretrain
 from parts.docstrings import docstrings
 
 CACHE = Path("runs/cache/t5_english_base")
@@ -89,8 +89,8 @@ def train_tokenizer(sentences: Sequence[str]) -> Tokenizer:
 
 
 def texts() -> list[str]:
-    """Return what there is to pre-train on: the training documents, and the docstrings."""
-    return [sentence for document in [*split_english()["train"], *docstrings()] for sentence in document]
+    """Return what there is to pre-train on: documents, and the docstrings."""
+    return [sentence for document in [*to_pretrain(), *docstrings()] for sentence in document]
 
 
 def pieces(tokenizer: Tokenizer) -> Tensor:

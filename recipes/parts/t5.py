@@ -11,11 +11,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
-from torchmetrics import MetricCollection
 from transformers import T5ForConditionalGeneration
-from transformers.utils.logging import disable_progress_bar
 
 from dtrain.errors import InputError
+from parts.encoders import check_complete, quiet
 from parts.glue import GlueTask, task_metrics
 from parts.spans import pretrain_on_english
 
@@ -60,11 +59,14 @@ def load_t5(folder: Path) -> tuple[T5ForConditionalGeneration, Tokenizer]:
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in ("t5", "mt5"):
         raise InputError(f"{folder} holds a model of type {kind!r}, not a T5. Give one with --model.pretrained.")
-    disable_progress_bar()  # a moment's work, in the middle of what a recipe says
     try:
-        model = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        with quiet():
+            model, found = T5ForConditionalGeneration.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be read as a T5 ({str(error).splitlines()[0]}).") from error
+    check_complete(str(folder), found["missing_keys"], found["unexpected_keys"])
     model.config.use_cache = False  # nothing is decoded step by step but by `generate`, which has its own setting
     return model.train(), load_tokenizer(folder, model)
 
@@ -224,16 +226,11 @@ def to_number(text: str) -> float:
     return value if abs(value) < float("inf") else NO_NUMBER
 
 
-def compute(metrics: MetricCollection) -> dict[str, float]:
-    """Return what metrics say; answers that are all the same correlate with nothing, which is 0."""
-    return {name: float(value.nan_to_num(0.0)) for name, value in metrics.compute().items()}
-
-
 def score(task: GlueTask, answers: Tensor, truth: Tensor) -> float:
     """Return the monitored metric of a task."""
     metrics = task_metrics(task)
     metrics.update(answers, truth)
-    return compute(metrics)[task.metrics[0]]
+    return float(metrics.compute()[task.metrics[0]])
 
 
 @torch.no_grad()

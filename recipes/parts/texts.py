@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader
 from dtrain.errors import InputError
 from parts.corpus import next_sentence, word_order
 from parts.glue import TASKS, GlueTask, Texts, find_task
-from parts.sampling import SimilarLengths
+from parts.sampling import SimilarLengths, in_two, representative
 
 OFFLINE = {"word_order": word_order, "next_sentence": next_sentence}
 ENGLISH = "english"
+VAL_BATCH = 64
 
 
 class TextData(L.LightningDataModule):
@@ -25,7 +26,8 @@ class TextData(L.LightningDataModule):
             `word_order` of `english`, and `sst2` of `nyu-mll/glue`.
         revision: Commit, branch or tag of a Hub data set.
         batch_size: Rows per batch.
-        calibration: Training rows that are held out, for fitting scales; never used for training.
+        calibration: Rows for fitting scales, never used for training: of `english` they come from documents that no
+            training row is made of, of any other data set they are held out of the training rows.
         train_limit: Use this many training rows at most; 0 for all.
         seed: Order of the training rows, together with the epoch.
     """
@@ -43,15 +45,12 @@ class TextData(L.LightningDataModule):
         super().__init__()
         self.glue = find_task(dataset, task)
         self.dataset, self.task, self.batch_size, self.seed = dataset, self.glue.name, batch_size, seed
-        splits = read_texts(dataset, self.glue, revision)
-        train = splits.pop("train")
-        order = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(0))
-        held, rest = order[:calibration], order[calibration:][: train_limit or None]
-        if len(rest) < batch_size:
-            raise InputError(f"{len(rest)} training rows are left; give more, or a smaller --data.batch_size.")
-        self.parts = {"train": chosen(train, rest), "calibration": chosen(train, held)}
-        # Neighbours of similar length waste little on padding.
-        self.parts |= {name: chosen(texts, torch.tensor(lengths(texts)).argsort()) for name, texts in splits.items()}
+        self.parts = hold_out(read_texts(dataset, self.glue, revision), calibration, train_limit)
+        if (left := len(self.parts["train"].rows)) < batch_size:
+            raise InputError(f"{left} training rows are left; give more, or a smaller --data.batch_size.")
+        for name in self.glue.validation:
+            order = representative(lengths(self.parts[name]), VAL_BATCH)
+            self.parts[name] = chosen(self.parts[name], torch.tensor(order))
 
     def loader(self, part: str, batch_size: int, **options: Any) -> DataLoader:
         """Return a loader of "train", "calibration" or a validation split; batches have their texts by column."""
@@ -59,29 +58,49 @@ class TextData(L.LightningDataModule):
         return DataLoader(rows, batch_size, **options)
 
     def some(self, part: str, batch_size: int, batches: int) -> DataLoader:
-        """Return a loader of two batches at least, and of as many at most, of rows evenly spaced.
-
-        Validation texts are sorted by length: the first ones alone would be the shortest.
-        """
+        """Return a loader of two batches at least, and of as many at most, of rows evenly spaced."""
         texts = self.parts[part]
         step = -(-len(texts.rows) // (batch_size * batches))
         rows = list(zip(texts.rows[::step], texts.labels[::step], strict=True))
-        return DataLoader(rows, min(batch_size, -(-len(rows) // 2)))
+        return DataLoader(rows, in_two(len(rows), batch_size))
 
     def train_dataloader(self) -> DataLoader:
         sampler = SimilarLengths(lengths(self.parts["train"]), self.batch_size, self.seed)
         return self.loader("train", self.batch_size, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> list[DataLoader]:
-        return [self.loader(name, 64) for name in self.glue.validation]
+        return [self.loader(name, VAL_BATCH) for name in self.glue.validation]
 
-    def calibration_dataloader(self) -> DataLoader:
-        """Give DeltaCompressionCallback training rows that were not trained on, in a fixed order.
+    def calibration_dataloader(self, **options: Any) -> DataLoader:
+        """Give DeltaCompressionCallback rows that were not trained on, in a fixed order."""
+        rows = len(self.parts["calibration"].rows)
+        return self.loader("calibration", in_two(rows, self.batch_size), **options)
 
-        There are two batches at least: scales are learnt from one, and the other says when to stop.
-        """
-        half = max(1, len(self.parts["calibration"].rows) // 2)
-        return self.loader("calibration", min(self.batch_size, half))
+
+def hold_out(splits: dict[str, Texts], count: int, train_limit: int) -> dict[str, Texts]:
+    """Return splits with `count` rows as "calibration", and with those of "train" that are left, shuffled.
+
+    Rows of a data set count as independent. Where there are rows for the purpose, they are taken instead.
+
+    Raises:
+        InputError: If there are, and they are fewer.
+    """
+    train, own = splits["train"], splits.get("calibration")
+    order = shuffled(train)
+    if own is None:
+        held, order = chosen(train, order[:count]), order[count:]
+    elif len(own.rows) < count:
+        raise InputError(
+            f"--data.calibration is {count}, but {len(own.rows)} rows are held out of training. Give less."
+        )
+    else:
+        held = chosen(own, shuffled(own)[:count])
+    return splits | {"train": chosen(train, order[: train_limit or None]), "calibration": held}
+
+
+def shuffled(texts: Texts) -> torch.Tensor:
+    """Return a fixed order of the rows."""
+    return torch.randperm(len(texts.rows), generator=torch.Generator().manual_seed(0))
 
 
 def chosen(texts: Texts, rows: torch.Tensor) -> Texts:

@@ -23,3 +23,12 @@ def warmup_then_cosine(module: L.LightningModule, lr: float) -> dict[str, Any]:
     warmup = max(0.1, 2 / steps)  # neither part may be empty, in however short a run
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=warmup)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class ValidateAtLast(L.Callback):
+    """Validates at the last step of a run that ends within its first epoch: its checkpoints have a score to go by."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        last = trainer.max_steps * trainer.accumulate_grad_batches
+        if 0 < last < trainer.val_check_batch:
+            trainer.val_check_batch = last

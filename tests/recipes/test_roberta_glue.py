@@ -8,13 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -28,19 +27,15 @@ from transformers import (
 import dtrain
 from dtrain import cli
 from parts import masked
+from parts.encoders import load_encoder
 from parts.glue import TASKS
+from tests.recipes.small_t5 import WORDS, sentences
 
 # Lightning, its loggers and transformers warn about many things that are no fault of the recipe.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[2]
-WORDS = ["the", "a", "film", "plot", "was", "is", "very", "dull", "bright", "one", "two", "three", "good", "bad"]
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-
-
-def sentences(count: int, seed: int) -> list[str]:
-    generator = np.random.default_rng(seed)
-    return [" ".join(generator.choice(WORDS, size=generator.integers(3, 10))) for _ in range(count)]
 
 
 def save_roberta(folder: Path, kind: type, **options) -> None:
@@ -228,6 +223,45 @@ def test_a_tokenizer_of_another_model_is_refused(recipe, folders, tmp_path):
     RobertaForMaskedLM(RobertaConfig(**{**config, "vocab_size": 50})).save_pretrained(mixed)
     with pytest.raises(SystemExit, match=r"knows \d+ tokens, but the model has 50"):
         recipe("--model.pretrained", str(mixed))
+
+
+def test_weights_by_other_names_are_refused_and_not_drawn_at_random(folders, tmp_path):
+    renamed = tmp_path / "renamed"
+    shutil.copytree(folders / "roberta", renamed)
+    weights = load_file(renamed / "model.safetensors")
+    save_file({f"model.{name}": value for name, value in weights.items()}, renamed / "model.safetensors")
+    sentence = r"lacks \d+ tensors.*, such as roberta\.embeddings\..* It has model\.lm_head\..* instead"
+    with pytest.raises(dtrain.InputError, match=sentence):
+        load_encoder(str(renamed), TASKS["sst2"])
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "fits"),
+    [
+        ("sst2", ("NEGATIVE", "POSITIVE"), True),
+        ("sst2", ("positive", "negative"), False),
+        ("cola", ("negative", "positive"), False),
+        ("rte", ("Entailment", "Not-entailment"), True),
+        ("sst2", ("LABEL_0", "LABEL_1"), True),
+        ("stsb", ("similarity",), True),
+        ("stsb", ("negative", "positive"), False),
+    ],
+)
+def test_a_head_has_the_labels_of_the_task_in_their_order(folders, tmp_path, task, labels, fits):
+    save_roberta(tmp_path / "headed", RobertaForSequenceClassification, id2label=dict(enumerate(labels)))
+    if fits:
+        model, _ = load_encoder(str(tmp_path / "headed"), TASKS[task])
+        written = load_file(tmp_path / "headed" / "model.safetensors")
+        assert torch.equal(model.classifier.out_proj.weight, written["classifier.out_proj.weight"])
+    else:
+        with pytest.raises(dtrain.InputError, match=rf"has a head of {len(labels)} outputs, \['{labels[0]}'"):
+            load_encoder(str(tmp_path / "headed"), TASKS[task])
+
+
+def test_a_run_within_its_first_epoch_has_a_score_to_go_by(recipe, tmp_path):
+    recipe("--trainer.max_steps=3", "--compare=false")
+    checkpoints = {path.name for path in (tmp_path / "runs/roberta_glue/checkpoints").glob("*.ckpt")}
+    assert checkpoints == {"epoch=0-step=3.ckpt", "last.ckpt"}
 
 
 def test_the_yaml_is_the_recipe(recipe, capsys):

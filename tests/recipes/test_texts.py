@@ -57,6 +57,10 @@ def test_metrics_are_those_of_their_definitions():
         metrics.update(answers(TASKS[name], logits), truth)
         found = metrics.compute()
         assert float(found[TASKS[name].metrics[0]]) == pytest.approx(other(truth, logits.argmax(-1)), abs=1e-6)
+    for one_sided, other in (([1, 1, 1], [1, 0, 1]), ([1, 0, 1], [1, 1, 1])):
+        metrics = task_metrics(TASKS["cola"])
+        metrics.update(torch.tensor(one_sided), torch.tensor(other))
+        assert float(metrics.compute()["matthews"]) == matthews_corrcoef(other, one_sided) == 0
     numbers, right = torch.randn(50, 1, generator=generator), torch.randn(50, generator=generator)
     metrics = task_metrics(TASKS["stsb"])
     metrics.update(answers(TASKS["stsb"], numbers), right)
@@ -116,12 +120,22 @@ def test_held_out_rows_are_not_trained_on(tmp_path):
         TextData(str(tmp_path), "sst2", batch_size=8, calibration=10, train_limit=4)
 
 
+def test_rows_to_fit_on_are_of_sentences_that_are_not_trained_on():
+    trained, held = (TextData("english", calibration=128).parts[name].rows for name in ("train", "calibration"))
+    assert len({*held}) == len(held) == 128
+    assert not {tuple(sorted(row.split())) for (row,) in held} & {tuple(sorted(row.split())) for (row,) in trained}
+    with pytest.raises(InputError, match=r"--data\.calibration is 9000, but \d+ rows are held out"):
+        TextData("english", calibration=9000)
+
+
 def test_no_document_is_in_two_splits():
     splits = corpus.split_english()
-    train, val = ({text for document in part for text in document} for part in splits.values())
+    train, val, held = ({text for document in part for text in document} for part in splits.values())
     assert len(train) > 1000
     assert len(val) > 200
-    assert not train & val
+    assert len(held) > 100
+    assert len(train | val | held) == len(train) + len(val) + len(held)
+    assert {text for document in corpus.to_pretrain() for text in document} == train | held
     assert all(len(document) > 1 for part in splits.values() for document in part)
 
 
@@ -129,10 +143,10 @@ def test_no_document_is_in_two_splits():
 def test_offline_tasks_are_balanced_and_made_of_their_own_documents(task):
     sides = {name: {text for document in part for text in document} for name, part in corpus.split_english().items()}
     found = read_texts("english", TASKS[task])
-    assert set(found) == {"train", "validation"}
+    assert set(found) == {"train", "validation", "calibration"}
     for name, texts in found.items():
         assert float(texts.labels.double().mean()) == 0.5
-        assert len(texts.rows) == len(texts.labels) > 500
+        assert len(texts.rows) == len(texts.labels) > 256
         intact = [row for row, label in zip(texts.rows, texts.labels.tolist(), strict=True) if label]
         assert all(text in sides[name] for row in intact for text in row)
     assert read_texts("english", TASKS[task])["train"].rows == found["train"].rows
