@@ -1,6 +1,6 @@
 """Quality at equal bytes: dtrain against peers, on real tasks, at the same budgets of bytes on disk.
 
-    python -m bench.quality --task cifar sst2 subj cola --seeds 0 1 2 --shared ../shared
+    python -m bench.quality --task cifar sst2 subj digits cola --seeds 0 1 2 --shared ../shared
     python -m bench.quality --only "SeededSign" "0.06"               # cells with one of these in their key
 
 One JSON file per task in `bench/results/quality`, one cell per (seed, budget, entry); it picks up where it stopped, and
@@ -13,8 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from bench.cells import Job, chosen, fill, parser_for
-from bench.quality.jobs import jobs
-from bench.tasks import TASKS
+from bench.quality.jobs import TASKS, jobs
 
 OUT = Path("bench/results/quality")
 
@@ -24,7 +23,7 @@ def task_name(job: Job) -> str:
 
 
 def main() -> None:
-    parser = parser_for(__doc__, choices=TASKS, nargs="+", default=list(TASKS))
+    parser = parser_for(__doc__, choices=TASKS, nargs="+", default=TASKS)
     arguments = parser.parse_args()
     out = arguments.out or OUT
     todo = chosen(jobs(arguments.task, arguments.seeds, arguments.shared), arguments.only)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import dtrain
-from bench.cells import INPUTS, describe, plain
+from bench.cells import describe, plain
 
 #: "dtrain": ours. "stand-in": our preset of a published method that no package on the index writes a file for.
 Group = Literal["dtrain", "stand-in"]
@@ -43,7 +43,7 @@ class Entry:
         """Return what a cell depends on, beside its budget."""
         method = plain(self.make(min(self.high, 1 / 32), seed).describe())
         fit = {"fit": describe(self.fit), "objective": self.objective, "batches": self.batches}
-        return {"method": method, **fit, "knob": [self.low, self.high], "inputs": INPUTS}
+        return {"method": method, **fit, "knob": [self.low, self.high]}
 
 
 LEARN = dtrain.Learn(steps=50)
@@ -93,7 +93,10 @@ STAND_INS = (
     Entry("ImPart", lambda keep, seed: dtrain.ImPart(keep=keep, seed=seed)),
     Entry("Magnitude", lambda keep, _: dtrain.Magnitude(keep=keep)),
 )
-OWN = (Entry("Ecsq", lambda bits, _: dtrain.Ecsq(bits=bits), "dtrain", low=0.001, high=8.0),)
+OWN = (
+    Entry("Lossless", lambda _, __: dtrain.Lossless(), "dtrain", low=1.0),
+    Entry("Ecsq", lambda bits, _: dtrain.Ecsq(bits=bits), "dtrain", low=0.001, high=8.0),
+)
 LEARNED = (
     Entry("SeededSign + Learn", sign, "dtrain", LEARN),
     Entry("SeededSign + Learn (logits)", sign, "dtrain", LEARN, "logits"),

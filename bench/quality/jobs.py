@@ -5,48 +5,71 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
-from bench.cells import INPUTS, Job, task_of
+from bench.cells import INPUTS, Cell, Job, task_of
 from bench.quality import entries
+from bench.quality.adapters import ADAPTERS, Adapter
 from bench.quality.budgets import BUDGETS
-from bench.quality.entries import Entry
+from bench.quality.entries import ENTRIES, Entry
 from bench.quality.measure import measure
 from bench.quality.peers import PEERS, Peer
 
 OWN = "own"  # in the place of a budget: the only file there is
+TASKS = ("cifar", "sst2", "subj", "digits", "cola")  # in this order; CoLA for direction only, since its base is weak
+QUICK = ("digits",)  # a cell takes seconds
+
+Kind = Entry | Peer | Adapter
+KINDS: dict[str, Kind] = {**ENTRIES, **PEERS, **ADAPTERS}
+
+FIRST = (entries.CHOSEN, "deltatensors, sparse", "deltatensors, one bit")
+SECOND = ("SeededSign", "DeltaDQ", "BitDelta", "DARE, seeded")
+THIRD = ("LoRA on attention", "biases only")
+FOURTH = ("SeededSign + Learn", "sparse-llm, SVD", "mergekit DARE, zstd on the xor", "UltraDelta", "zipnn on the xor")
 
 
 def jobs(names: Sequence[str], seeds: Sequence[int], shared: Path) -> Iterator[Job]:
-    """Yield all cells, in the order in which they are measured."""
-    for seed, name in product(seeds, names):
-        yield from entry_jobs(name, seed, shared, entries.PLAIN[:1])
-        yield from peer_jobs(name, seed, shared, PEERS.values())
-        yield from entry_jobs(name, seed, shared, entries.PLAIN[1:])
-
-
-def entry_jobs(name: str, seed: int, shared: Path, those: Iterable[Entry]) -> Iterator[Job]:
-    for entry, budget in product(those, BUDGETS):
-        yield entry_job(name, seed, shared, entry, budget)
-
-
-def peer_jobs(name: str, seed: int, shared: Path, those: Iterable[Peer]) -> Iterator[Job]:
-    for peer in those:
-        for budget in BUDGETS if peer.low is not None else (None,):
-            yield peer_job(name, seed, shared, peer, budget)
-
-
-def entry_job(name: str, seed: int, shared: Path, entry: Entry, budget: float) -> Job:
-    settings = {"budget": budget, **entry.settings(seed)}
-    task = (name, seed)
-    return Job(
-        key(seed, budget, entry.label), settings, lambda: measure(task_of(*task, shared), entry, budget), (task,)
+    """Yield all cells, in the order in which they are measured; one may come twice."""
+    quick = [name for name in names if name in QUICK]
+    slow = [name for name in names if name not in QUICK and name != "cola"]
+    waves: tuple[tuple[Sequence[str], Sequence[int], Iterable[str]], ...] = (
+        (quick, seeds[:1], KINDS),
+        (slow, seeds, FIRST),
+        (slow, seeds[:1], SECOND),
+        ([name for name in slow if name == "sst2"], seeds[:1], THIRD),
+        (slow, seeds[:1], FOURTH),
+        (quick, seeds, KINDS),
+        (slow, seeds, SECOND),
+        (slow, seeds, KINDS),
+        (names, seeds, KINDS),
     )
+    for wave, at, labels in waves:
+        for seed, name in product(at, wave):
+            for label in labels:
+                yield from jobs_of(name, seed, shared, label)
 
 
-def peer_job(name: str, seed: int, shared: Path, peer: Peer, budget: float | None) -> Job:
-    settings = {"budget": budget, "inputs": INPUTS, **peer.settings()}
-    task = (name, seed)
-    return Job(key(seed, budget, peer.label), settings, lambda: peer.measure(task_of(*task, shared), budget), (task,))
+def jobs_of(name: str, seed: int, shared: Path, label: str) -> Iterator[Job]:
+    """Yield the cells of one task, seed and entry, at all budgets."""
+    kind = KINDS[label]
+    for budget in BUDGETS if budgeted(kind) else (None,):
+        yield job(name, seed, shared, kind, budget)
+
+
+def budgeted(kind: Kind) -> bool:
+    """Return whether it can be made to fit a budget."""
+    if isinstance(kind, Peer):
+        return kind.low is not None
+    return kind.low < kind.high if isinstance(kind, Entry) else kind.ranked
+
+
+def job(name: str, seed: int, shared: Path, kind: Kind, budget: float | None) -> Job:
+    def run() -> Cell:
+        task = task_of(name, seed, shared)
+        return measure(task, kind, budget) if isinstance(kind, Entry) else kind.measure(task, budget)
+
+    found: dict[str, Any] = kind.settings(seed) if isinstance(kind, Entry) else kind.settings()
+    return Job(key(seed, budget, kind.label), {"budget": budget, "inputs": INPUTS, **found}, run, ((name, seed),))
 
 
 def key(seed: int, budget: float | None, label: str) -> str:

@@ -14,9 +14,9 @@ from bench.tasks import Task
 SPARE = 288  # bytes in which a file says what its fit found: 190 to 260, by the figures' lengths
 
 
-def measure(task: Task, entry: Entry, budget: float) -> Cell:
-    """Return the cell of one entry at one budget, or what its least file takes."""
-    most = bytes_allowed(task, budget)
+def measure(task: Task, entry: Entry, budget: float | None) -> Cell:
+    """Return the cell of one entry at one budget, or what its least file takes; None for an entry without a knob."""
+    most = bytes_allowed(task, 64.0 if budget is None else budget)  # no checkpoint has more than 64 bits a parameter
     spare = SPARE if entry.fit is not None else 0
     calibration = task.calibration() if entry.inputs else None
 

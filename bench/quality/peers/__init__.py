@@ -1,8 +1,21 @@
 """Peers, run from their packages: each writes its own files and restores the model from them."""
 
-from bench.quality.peers.deltatensors import INT4, ONE_BIT, SPARSE
+from bench.quality.peers import deltatensors, lossless, mergekit, sparse_llm
 from bench.quality.peers.disk import Peer
 
-PEERS: dict[str, Peer] = {peer.label: peer for peer in (SPARSE, ONE_BIT, INT4)}
+#: In the order in which they are measured.
+PEERS: dict[str, Peer] = {
+    peer.label: peer
+    for peer in (
+        deltatensors.SPARSE,
+        deltatensors.ONE_BIT,
+        deltatensors.INT4,
+        sparse_llm.LOW_RANK,
+        sparse_llm.SPARSE,
+        sparse_llm.INT8,
+        mergekit.DARE,
+        *lossless.LOSSLESS,
+    )
+}
 
 __all__ = ["PEERS", "Peer"]

@@ -1,0 +1,174 @@
+"""What is trained small instead of compressed: adapters of `peft`, and the floors, a linear probe and biases alone.
+
+Every adapter is trained on the task's own batches, for as many steps, with AdamW and one cycle of its learning rate,
+and a fresh head that belongs to its file. The file is what `save_pretrained` writes, its configuration counted too, and
+the score is that of a model that has loaded it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bench.cells import Cell
+from bench.quality.budgets import bytes_allowed
+from bench.quality.measure import point
+from bench.quality.peers.disk import bytes_on_disk
+from bench.tasks import Task, answers, share_right
+from dtrain import Rules
+from dtrain.rules import matches
+
+RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+ATTENTION = ("query", "value", "qkv")  # the linear layers that LoRA's paper adapts; timm's are one
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One kind of adapter.
+
+    Args:
+        label: Its name in keys and tables.
+        config: Returns peft's configuration for a rank and the names of the linear layers; None for biases alone.
+        rates: Learning rate as a multiple of the fine-tune's, which was one cycle too.
+        only: Ends of the names of the linear layers it is put on; none for all of them.
+        ranked: Whether it has a rank.
+    """
+
+    label: str
+    config: Callable[[int, list[str]], Any] | None
+    rate: float
+    only: tuple[str, ...] = ()
+    ranked: bool = True
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a cell depends on, beside its budget."""
+        told = {"rate": self.rate, "only": list(self.only), "ranks": list(RANKS) if self.ranked else None}
+        return {"package": "peft", "version": version("peft"), **told}
+
+    def measure(self, task: Task, budget: float | None) -> Cell:
+        """Return the cell of the greatest rank within a budget, or of the only file there is."""
+        if not self.ranked or budget is None:
+            return self.trained(task, 1)
+        most = bytes_allowed(task, budget)
+        fitting = [rank for rank in RANKS if self.size(task, rank) <= most]
+        if not fitting:
+            return {"most": most, "refused": f"at rank 1 its file has {self.size(task, 1)} bytes, {most} are allowed"}
+        return {"knob": fitting[-1], "most": most, **self.trained(task, fitting[-1])}
+
+    def size(self, task: Task, rank: int) -> int:
+        """Return the bytes of its files, which do not depend on what is learnt."""
+        with TemporaryDirectory() as folder:
+            self.save(self.wrap(task, rank), Path(folder))
+            return bytes_on_disk(Path(folder))
+
+    def trained(self, task: Task, rank: int) -> Cell:
+        """Train, save, load into a fresh model, and score."""
+        if task.training is None:
+            raise ValueError(f"how {task.name} was fine-tuned is not known, so nothing can be trained like it.")
+        model = self.wrap(task, rank)
+        learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        start = time.process_time()
+        optimizer = torch.optim.AdamW(learnt, self.rate * task.training.lr, weight_decay=0.0)
+        task.training.run(model, optimizer, task.seed)
+        seconds = time.process_time() - start
+        with TemporaryDirectory() as folder:
+            self.save(model, Path(folder))
+            size, restored = bytes_on_disk(Path(folder)), self.load(task, Path(folder))
+        found, labels = answers(restored, task.val)
+        sizes = {"rank": rank if self.ranked else None, "trained": sum(p.numel() for p in learnt)}
+        scores = {"score": task.metric(found, labels), "accuracy": share_right(found, labels)}
+        return {"seconds": seconds, **sizes, **point(task, size), **scores}
+
+    def wrap(self, task: Task, rank: int) -> nn.Module:
+        """Return a copy of the base in which only what is saved is trained."""
+        model = fresh(task)
+        if self.config is None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = name.endswith("bias") or matches(name, Rules().whole)
+            return model
+        from peft import get_peft_model
+
+        torch.manual_seed(task.seed)
+        return get_peft_model(model, self.config(rank, list(self.layers(model))))
+
+    def layers(self, model: nn.Module) -> Iterator[str]:
+        for name, module in model.named_modules():
+            linear = isinstance(module, nn.Linear) and not matches(f"{name}.weight", Rules().whole)
+            if linear and (not self.only or name.endswith(self.only)):
+                yield name
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what has to be kept of a trained model."""
+        if self.config is None:
+            kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            save_file(kept, folder / "model.safetensors")
+            return
+        model.save_pretrained(str(folder))  # type: ignore[operator]
+        (folder / "README.md").unlink(missing_ok=True)  # a model card to fill in
+
+    def load(self, task: Task, folder: Path) -> nn.Module:
+        """Return the base with what `save` has written."""
+        model = fresh(task)
+        if self.config is None:
+            model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+            return model
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
+
+
+def fresh(task: Task) -> nn.Module:
+    """Return a copy of the model with the weights from before fine-tuning."""
+    model = deepcopy(task.model)
+    model.load_state_dict(task.base)
+    return model
+
+
+def lora(rank: int, layers: list[str]) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, modules_to_save=["head"])
+
+
+def rslora(rank: int, layers: list[str]) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=4, use_rslora=True, target_modules=layers, modules_to_save=["head"])
+
+
+def shira(rank: int, layers: list[str]) -> Any:
+    from peft import ShiraConfig
+
+    return ShiraConfig(r=rank, random_seed=42, target_modules=layers, modules_to_save=["head"])
+
+
+def ia3(_: int, layers: list[str]) -> Any:
+    from peft import IA3Config
+
+    wide = [name for name in layers if name.endswith((".output.dense", "fc2")) and "attention" not in name]
+    keys = [name for name in layers if name.endswith(("key", "value", "qkv"))]
+    return IA3Config(target_modules=keys + wide, feedforward_modules=wide, modules_to_save=["head"])
+
+
+#: In the order in which they are measured. The rates are twenty times the fine-tune's, the usual ratio of 1e-3 to 5e-5.
+ADAPTERS: dict[str, Adapter] = {
+    adapter.label: adapter
+    for adapter in (
+        Adapter("LoRA on attention", lora, 20.0, ATTENTION),
+        Adapter("LoRA", lora, 20.0),
+        Adapter("biases only", None, 20.0, ranked=False),
+        Adapter("IA3", ia3, 100.0, ranked=False),
+        Adapter("SHiRA", shira, 20.0),
+        Adapter("rsLoRA", rslora, 20.0),
+    )
+}
