@@ -1,5 +1,6 @@
 """Fine-tune BEiT-3 on pairs of images and statements (NLVR2), and ship the change as one small file.
 
+    python recipes/beit3_nlvr2.py                       # BEiT-3 base on NLVR2 where a GPU, the Hub and its files are
     python recipes/beit3_nlvr2.py --preset offline      # a small BEiT-3 and statements about two handwritten digits
     python recipes/beit3_nlvr2.py --preset hub --data.dataset PATH    # BEiT-3 base on NLVR2, with the files below
     python recipes/beit3_nlvr2.py --preset hub --model.pretrained beit3_large_patch16_224.pth --data.image_size 384
@@ -7,9 +8,13 @@
     python recipes/beit3_nlvr2.py --data.kinds [order]             # only who shows the larger digit
     python recipes/beit3_nlvr2.py --preset hub --data.dataset PATH --evaluate beit3_base_patch16_224_nlvr2.pth
 
-The checkpoints and `beit3.spm` of microsoft/unilm are at github.com/addf400/files/releases/download/beit3; the delta
-file has their tensor names. An official fine-tune needs no training at all:
+The checkpoints and `beit3.spm` of microsoft/unilm are at github.com/addf400/files/releases/download/beit3; the preset
+looks for them, and for the folder `nlvr2`, where it is run. The delta file has their tensor names, and its base is
+`checkpoints/dtrain-base-*.safetensors` in the folder of the run. To ship for an official checkpoint, which has heads of
+its pre-training besides and is refused as that base, give it as --compress.base too (the table's base then has the
+fine-tuned head, as the checkpoint has none), or compress the run against it; an official fine-tune needs no training:
 
+    dtrain compress beit3_base_patch16_224.pth runs/beit3_nlvr2/checkpoints/last.ckpt nlvr2.safetensors
     dtrain compress beit3_base_patch16_224.pth beit3_base_patch16_224_nlvr2.pth nlvr2.safetensors --method SeededSign
 
 `--data.dataset` is `digits`, a Hub data set, or a folder of Parquet files with the columns left_image, right_image,
@@ -31,22 +36,24 @@ from torch.utils.data import DataLoader
 
 from dtrain.callbacks import DeltaCompressionCallback
 from dtrain.errors import InputError
+from parts.beit3 import Beit3ForPairs
 from parts.beit3_base import load_beit3
 from parts.compare import compare
 from parts.digit_pairs import PairBatch
 from parts.image_pairs import ImagePairs
-from parts.probe import probe_accuracy
+from parts.probe import probe_states
 from parts.recipe import RecipeCLI, open_recipe, run
+from parts.sampling import in_two
 from parts.training import seed_batch, warmup_then_cosine
 
 PRESETS: dict[str, dict[str, Any]] = {
     "hub": {
-        "data.dataset": "nlvr2",  # a folder
-        "data.tokenizer": "beit3.spm",
+        "data.dataset": "./nlvr2",  # files that have to be there, or `auto` is the other preset
+        "data.tokenizer": "./beit3.spm",
         "data.image_size": 224,
         "data.workers": 8,
         "data.batch_size": 32,
-        "model.pretrained": "beit3_base_patch16_224.pth",
+        "model.pretrained": "./beit3_base_patch16_224.pth",
         "model.drop_path": 0.2,
         "model.lr": 5e-5,
         "trainer.max_steps": 10_000,
@@ -141,7 +148,7 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
         callback,
         callback.read_base(cli.trainer),
         score=lambda: accuracy(model, val),
-        probe=lambda: probe_accuracy(model, labelled(train), labelled(val)),
+        probe=lambda: probe(model, train, val),
         inputs=[tuple(inputs) for inputs, _ in labelled(calibration)],
         title=f"{Path(data.dataset).name}: {sum(len(batch[-1]) for batch in val)} pairs",
         keeps=KEEPS,
@@ -153,8 +160,9 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
 
 def batches(data: ImagePairs, name: str, most: int, device: torch.device) -> list[PairBatch]:
     """Return the first batches of a split, normalised, without augmentation."""
-    loader = islice(DataLoader(data.split(name), 64, num_workers=data.workers), most)
-    return [data.normalise(tuple(part.to(device) for part in batch)) for batch in loader]
+    split = data.split(name)
+    loader = DataLoader(split, in_two(len(split), 64), num_workers=data.workers)
+    return [data.normalise(tuple(part.to(device) for part in batch)) for batch in islice(loader, most)]
 
 
 def labelled(batches: list[PairBatch]) -> list[tuple[list[Tensor], Tensor]]:
@@ -165,6 +173,12 @@ def labelled(batches: list[PairBatch]) -> list[tuple[list[Tensor], Tensor]]:
 def of_others(batch: PairBatch, taken: tuple[int, int]) -> PairBatch:
     """Return a batch where every pair has these parts of another pair: a control that has to score like chance."""
     return tuple(part.roll(len(part) // 2 + 1, 0) if place in taken else part for place, part in enumerate(batch))
+
+
+def probe(base: Beit3ForPairs, train: list[PairBatch], val: list[PairBatch]) -> float:
+    """Return the accuracy of a linear model of the base's class tokens, which are what the fresh head gets."""
+    answers, labels = probe_states(lambda inputs: base.class_tokens(*inputs), labelled(train), labelled(val))
+    return float((answers == labels).double().mean())
 
 
 @torch.no_grad()

@@ -243,10 +243,14 @@ class Beit3ForPairs(nn.Module):
         self.head = MlpHead(4 * config.width, 2 * config.width, num_classes)
 
     def forward(self, left: Tensor, right: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
-        """Return the logits (n, classes); both images go through one batch, each with the statement."""
+        """Return the logits (n, classes)."""
+        return self.head(self.class_tokens(left, right, tokens, padding))
+
+    def class_tokens(self, left: Tensor, right: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
+        """Return what the head sees (n, 4 x width); both images go through one batch, each with the statement."""
         hidden = self.beit3(torch.cat((left, right)), tokens.repeat(2, 1), padding.repeat(2, 1))
-        both = torch.cat((hidden[:, 0], hidden[:, self.beit3.image_tokens]), dim=-1)  # class tokens: image's and text's
-        return self.head(torch.cat(both.chunk(2), dim=-1))
+        both = torch.cat((hidden[:, 0], hidden[:, self.beit3.image_tokens]), dim=-1)  # the image's and the text's
+        return torch.cat(both.chunk(2), dim=-1)
 
 
 def initialise(layer: nn.Module) -> None:

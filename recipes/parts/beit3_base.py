@@ -10,11 +10,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 import dtrain
+from dtrain.artifact.atomic import write_atomic
 from dtrain.errors import InputError
 from dtrain.progress import progress
 from parts.beit3 import POSITIONS, SMALL, Beit3, Beit3ForPairs, config_of, resize_positions
@@ -108,8 +109,8 @@ def pretrain_on_captions() -> Path:
                 schedule.step()
                 advance(f"loss {loss.item():.3f}")
     CACHE.mkdir(parents=True, exist_ok=True)
-    (CACHE / "config.json").write_text(json.dumps(asdict(SMALL), indent=1))
-    save_file(task.beit3.state_dict(prefix="beit3."), path)  # last: its presence says that the base is whole
+    write_atomic(CACHE / "config.json", [json.dumps(asdict(SMALL), indent=1).encode()])
+    write_atomic(path, [save(task.beit3.state_dict(prefix="beit3."))])  # last: its presence says that the base is whole
     return path
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from dtrain.errors import InputError
 from parts.digit_pairs import PairBatch, WordTokenizer, draw_pairs, pad_tokens
 from parts.images import Labelled, Shuffled, crop_and_flip, read_digits
+from parts.sampling import in_two
 
 Tokenizer = Callable[[str], list[int]]
 ANSWERS = {"true": 1, "false": 0, "1": 1, "0": 0}
@@ -98,7 +99,8 @@ class ImagePairs(L.LightningDataModule):
 
     def calibration_dataloader(self) -> DataLoader:
         """Give DeltaCompressionCallback training pairs that were not trained on, in a fixed order."""
-        return DataLoader(self.split("calibration"), self.batch_size)
+        data = self.split("calibration")
+        return DataLoader(data, in_two(len(data), self.batch_size), num_workers=self.workers)
 
     def on_after_batch_transfer(self, batch: PairBatch, dataloader_idx: int) -> PairBatch:
         return self.normalise(batch)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from dtrain.errors import InputError
 from parts.image_folders import class_names, has_class_folders, read_folders
+from parts.sampling import in_two
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -107,7 +108,8 @@ class Images(L.LightningDataModule):
 
     def calibration_dataloader(self) -> DataLoader:
         """Give DeltaCompressionCallback training images that were not trained on, in a fixed order."""
-        return DataLoader(self.part("calibration"), self.batch_size, num_workers=self.workers)
+        data = self.part("calibration")
+        return DataLoader(data, in_two(len(data), self.batch_size), num_workers=self.workers)
 
     def on_after_batch_transfer(self, batch: Labelled, dataloader_idx: int) -> Labelled:
         return self.normalise(batch)

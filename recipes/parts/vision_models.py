@@ -9,11 +9,12 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from dtrain.artifact.atomic import write_atomic
 from dtrain.errors import InputError
 from dtrain.progress import progress
 from parts.images import Images
@@ -100,6 +101,7 @@ def pretrain_on_digits(name: str, config: Mapping[str, Any], steps: int = 800) -
                 schedule.step()
                 advance(f"loss {loss.item():.3f}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    save_file(model.state_dict(), folder / "model.safetensors")  # last: its presence says that the folder is whole
+    write_atomic(folder / "config.json", [json.dumps(config, indent=1).encode()])
+    # Last: its presence says that the folder is whole.
+    write_atomic(folder / "model.safetensors", [save(model.state_dict())])
     return folder

@@ -1,10 +1,10 @@
 """The NLVR2 recipe as a user runs it: official files and Parquet, offline digits, resumed, evaluated, refused."""
 
+import errno
 import io
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceTrainer
 
 import dtrain
 from dtrain.cli import main
-from parts import beit3_base
+from parts import beit3_base, presets
 from parts.beit3 import SMALL, Beit3, Beit3Config, Beit3ForPairs
 from parts.digit_pairs import WordTokenizer
 
@@ -71,7 +71,7 @@ def recipe(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         local = ["--data.dataset", str(folders / "data"), "--model.pretrained", str(folders / "base.pth")]
         local += ["--data.tokenizer", str(folders / "beit3.spm"), "--data.image_size=8", "--data.workers=0"]
         short = ["--trainer.max_steps=6", "--data.batch_size=16", "--data.calibration=16", "--trainer.accelerator=cpu"]
-        short += ["--trainer.precision=32-true"]
+        short += ["--trainer.precision=32-true", "--method.masks=1"]
         (tmp_path / cwd).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / cwd)
         monkeypatch.setenv("COLUMNS", "120")
@@ -90,22 +90,20 @@ def score(output: str) -> float:
     return float(re.search(r"val_acc\s*│\s*([\d.]+)", output)[1])
 
 
-def test_the_file_gives_the_same_accuracy_in_a_new_process(recipe, folders, tmp_path):
-    printed = recipe()
+def test_the_file_gives_the_same_accuracy_once_it_is_applied(recipe, folders, tmp_path):
+    printed = recipe("--method.q=keep")
     compressed = float(re.search(r"val_acc[^\n]*│\s*([\d.]+)\s*│[^│\n]*│\s*$", printed, re.MULTILINE)[1])
     delta = tmp_path / "runs/beit3_nlvr2/delta.safetensors"
     assert (tmp_path / "runs/beit3_nlvr2/score_against_bytes.png").stat().st_size > 10_000
     assert f"{delta.stat().st_size:,}" in printed
     assert "control, fine-tuned: " in printed
-    merged = str(tmp_path / "merged.safetensors")
-    command = [sys.executable, "-m", "dtrain", "apply", str(folders / "base.pth"), str(delta), merged]
-    subprocess.run(command, check=True, cwd=ROOT)
-    assert load_file(merged).keys() == Beit3ForPairs(SIZES).state_dict().keys()  # those of the original
+    assert main(["apply", str(folders / "base.pth"), str(delta), "merged.safetensors"]) == 0
+    assert load_file("merged.safetensors").keys() == Beit3ForPairs(SIZES).state_dict().keys()  # those of the original
     assert score(recipe("--evaluate", "merged.safetensors")) == pytest.approx(compressed, abs=5e-5)
 
 
 def test_resumed_run_equals_the_unbroken_one_bit_for_bit(recipe, tmp_path):
-    common = ("--trainer.max_epochs=3", "--trainer.max_steps=-1", "--checkpoint.save_top_k=-1", "--compare=false")
+    common = ("--trainer.max_epochs=2", "--trainer.max_steps=-1", "--checkpoint.save_top_k=-1", "--compare=false")
     recipe(*common, cwd="unbroken")
     shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
     runs = [tmp_path / name / "runs/beit3_nlvr2" for name in ("unbroken", "broken")]
@@ -119,8 +117,56 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(recipe, tmp_path):
 
 
 def test_scales_are_learnt_through_both_modalities(recipe, tmp_path):
-    recipe("--fit=Learn", "--fit.steps=4", "--data.calibration=32", "--compare=false")
+    recipe("--fit=Learn", "--fit.steps=2", "--data.calibration=16")  # as many as a batch of training pairs has
     assert dtrain.load(tmp_path / "runs/beit3_nlvr2/delta.safetensors").report().ratio > 1
+
+
+def test_without_the_official_files_the_preset_is_offline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(presets.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(presets, "hub_answers", lambda: True)
+    hub = runpy.run_path(str(ROOT / "recipes" / "beit3_nlvr2.py"))["PRESETS"]["hub"]
+    elsewhere = ("--data.tokenizer=a/beit3.spm", "--model.pretrained", "a/base.pth", "--data.dataset=a")
+    for given in ((), elsewhere):
+        assert presets.choose_preset(given, hub)[0] == "offline"
+    assert "there is no ./nlvr2; ask for the real thing with --preset hub" in presets.choose_preset((), hub)[1]
+    for place, files in ((".", ("beit3.spm", "beit3_base_patch16_224.pth")), ("a", ("beit3.spm", "base.pth"))):
+        Path(place).mkdir(exist_ok=True)
+        for file in files:
+            Path(place, file).touch()
+    assert presets.choose_preset(elsewhere, hub)[0] == "hub"
+    assert presets.choose_preset((), hub)[0] == "offline"
+    Path("nlvr2").mkdir()
+    assert presets.choose_preset((), hub)[0] == "hub"
+    assert presets.choose_preset(("--preset", "offline"), hub) == ("offline", "as asked")
+
+
+def test_the_probe_looks_at_what_the_head_gets():
+    torch.manual_seed(0)
+    probe = runpy.run_path(str(ROOT / "recipes" / "beit3_nlvr2.py"))["probe"]
+    model, padding = Beit3ForPairs(SIZES).eval(), torch.zeros(40, 3, dtype=torch.bool)
+    batches = []
+    for _ in range(2):
+        labels = torch.arange(40) % 2
+        left = 0.1 * torch.randn(40, 3, 8, 8) + labels[:, None, None, None]
+        batches.append([(left, torch.randn(40, 3, 8, 8), torch.tensor([[0, 5, 2]]).expand(40, 3), padding, labels)])
+    for parameter in model.head.parameters():
+        torch.nn.init.zeros_(parameter)  # behind it there is nothing to see
+    assert probe(model, *batches) > 0.9
+    assert model.class_tokens(*batches[0][0][:-1]).shape == (40, 4 * SIZES.width)
+
+
+def test_a_base_that_could_not_be_written_is_not_taken_for_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(beit3_base, "STEPS", 3)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(dtrain.InputError, match="No space left"):
+        beit3_base.load_beit3("digits", 8, 2)
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_offline_the_base_is_pretrained_and_cached(recipe, tmp_path, monkeypatch):
@@ -182,9 +228,13 @@ def test_the_yaml_is_read_and_the_configuration_printed(recipe, capsys, preset):
 def test_a_run_is_compressed_against_another_layout_of_its_base(recipe, folders, tmp_path):
     base = str(folders / "with_head.pth")  # and of smaller images
     recipe("--data.image_size=12", "--compare=false", "--trainer.max_steps=3", "--model.pretrained", base)
-    last = str(tmp_path / "runs/beit3_nlvr2/checkpoints/last.ckpt")
+    run = tmp_path / "runs/beit3_nlvr2"
+    last, own = str(run / "checkpoints/last.ckpt"), str(run / "delta.safetensors")
+    assert main(["apply", base, own, "merged.safetensors"]) == 1  # its base has what the model has, and no more
     assert main(["compress", base, last, "delta.safetensors", "--method", "SeededSign"]) == 0
     state = dtrain.load("delta.safetensors").state_dict(dtrain.read_weights(base))
     save_file(state, "merged.safetensors")
     assert state["beit3.encoder.embed_positions.A.weight"].shape == (12, 64)
     assert score(recipe("--data.image_size=12", "--evaluate=merged.safetensors")) > 0
+    recipe("--data.image_size=12", "--compare=false", "--compress_only", last, "--compress.base", base)
+    assert main(["apply", base, own, "merged.safetensors"]) == 0

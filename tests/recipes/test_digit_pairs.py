@@ -130,6 +130,12 @@ def test_batches():
     assert not (tokens == 3).any()
 
 
+def test_there_are_two_batches_to_fit_on_however_few_pairs_are_held_out():
+    data = [ImagePairs(pairs=64, calibration=rows) for rows in (200, 64, 3)]
+    sizes = [[len(batch[4]) for batch in part.calibration_dataloader()] for part in data]
+    assert sizes == [[64, 64, 64, 8], [32, 32], [2, 1]]
+
+
 def test_words_that_were_never_said():
     tokenizer = WordTokenizer()
     assert tokenizer("The left cat") == [0, tokenizer.ids["the"], tokenizer.ids["left"], 3, 2]
