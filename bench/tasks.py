@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice, product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -62,9 +63,9 @@ class Training:
     lr: float
     label_smoothing: float = 0.0
 
-    def run(self, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
-        """Train `model` from the weights that it has."""
-        fine_tune(model, optimizer, self.batches(), self.steps, seed, self.label_smoothing)
+    def run(self, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, steps: int | None = None) -> float:
+        """Train `model` from the weights that it has, and return the mean loss of the last fifth of the steps."""
+        return fine_tune(model, optimizer, self.batches(), steps or self.steps, seed, self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -222,20 +223,23 @@ def fine_tune(
     steps: int,
     seed: int,
     label_smoothing: float = 0.0,
-) -> None:
-    """Train for `steps` with one cycle of the optimizer's learning rate."""
+) -> float:
+    """Train for `steps` with one cycle of the optimizer's rate; return the mean loss of the last fifth of them."""
     torch.manual_seed(seed)
     model.train()
     peak = optimizer.defaults["lr"]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.1)
+    losses: list[float] = []
     for step, (inputs, labels) in enumerate(islice(batches, steps)):
         loss = cross_entropy(model(inputs), labels, label_smoothing=label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        losses.append(float(loss.detach()))
         if step % 50 == 0:
-            sys.stderr.write(f"step {step}/{steps} loss {loss.detach():.3f}\n")
+            sys.stderr.write(f"step {step}/{steps} loss {losses[-1]:.3f}\n")
+    return fmean(losses[-max(1, steps // 5) :])
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +22,7 @@ from torch import nn
 from bench.cells import Cell
 from bench.quality.budgets import bytes_allowed
 from bench.quality.measure import point
-from bench.quality.peers.disk import bytes_on_disk
+from bench.quality.peers.disk import bytes_on_disk, check_version, told
 from bench.tasks import Task, answers, share_right
 from dtrain import Rules
 from dtrain.rules import matches
@@ -39,24 +38,24 @@ class Adapter:
     Args:
         label: Its name in keys and tables.
         config: Returns peft's configuration for a rank and the names of the linear layers; None for biases alone.
-        rates: Learning rate as a multiple of the fine-tune's, which was one cycle too.
         only: Ends of the names of the linear layers it is put on; none for all of them.
         ranked: Whether it has a rank.
     """
 
     label: str
     config: Callable[[int, list[str]], Any] | None
-    rate: float
     only: tuple[str, ...] = ()
     ranked: bool = True
 
-    def settings(self) -> dict[str, Any]:
-        """Return what a cell depends on, beside its budget."""
-        told = {"rate": self.rate, "only": list(self.only), "ranks": list(RANKS) if self.ranked else None}
-        return {"package": "peft", "version": version("peft"), **told}
+    def settings(self, name: str) -> dict[str, Any]:
+        """Return what a cell of a task depends on, beside its budget."""
+        rate, ranks = rate_of(name, self.label), list(RANKS) if self.ranked else []
+        return {**told("peft"), "rate": rate, "only": list(self.only), "ranks": ranks}
 
     def measure(self, task: Task, budget: float | None) -> Cell:
         """Return the cell of the greatest rank within a budget, or of the only file there is."""
+        if self.config is not None:
+            check_version("peft")
         if not self.ranked or budget is None:
             return self.trained(task, 1)
         most = bytes_allowed(task, budget)
@@ -73,21 +72,24 @@ class Adapter:
 
     def trained(self, task: Task, rank: int) -> Cell:
         """Train, save, load into a fresh model, and score."""
-        if task.training is None:
-            raise ValueError(f"how {task.name} was fine-tuned is not known, so nothing can be trained like it.")
         model = self.wrap(task, rank)
-        learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
         start = time.process_time()
-        optimizer = torch.optim.AdamW(learnt, self.rate * task.training.lr, weight_decay=0.0)
-        task.training.run(model, optimizer, task.seed)
+        loss = self.learn(task, model, rate_of(task.name, self.label))
         seconds = time.process_time() - start
         with TemporaryDirectory() as folder:
             self.save(model, Path(folder))
             size, restored = bytes_on_disk(Path(folder)), self.load(task, Path(folder))
         found, labels = answers(restored, task.val)
-        sizes = {"rank": rank if self.ranked else None, "trained": sum(p.numel() for p in learnt)}
+        sizes = {"rank": rank if self.ranked else None, "loss": loss}
         scores = {"score": task.metric(found, labels), "accuracy": share_right(found, labels)}
         return {"seconds": seconds, **sizes, **point(task, size), **scores}
+
+    def learn(self, task: Task, model: nn.Module, rate: float, steps: int | None = None) -> float:
+        """Train `model` as the task was fine-tuned, and return the mean loss of the last fifth of the steps."""
+        if task.training is None:
+            raise ValueError(f"how {task.name} was fine-tuned is not known, so nothing can be trained like it.")
+        learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return task.training.run(model, torch.optim.AdamW(learnt, rate, weight_decay=0.0), task.seed, steps)
 
     def wrap(self, task: Task, rank: int) -> nn.Module:
         """Return a copy of the base in which only what is saved is trained."""
@@ -160,15 +162,48 @@ def ia3(_: int, layers: list[str]) -> Any:
     return IA3Config(target_modules=keys + wide, feedforward_modules=wide, modules_to_save=["head"])
 
 
-#: In the order in which they are measured. The rates are twenty times the fine-tune's, the usual ratio of 1e-3 to 5e-5.
+@dataclass(frozen=True)
+class Probe:
+    """The floor: the base with a linear probe, of which the file is a head in the checkpoint's own dtype.
+
+    Its score is the task's reference: logistic regression on the base's features, fitted to convergence.
+    """
+
+    label: str = "linear probe"
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def measure(self, task: Task, budget: float | None) -> Cell:
+        del budget  # there is one file
+        head = {name: tensor for name, tensor in task.tuned.items() if matches(name, Rules().whole)}
+        with TemporaryDirectory() as folder:
+            save_file(head, Path(folder) / "head.safetensors")
+            size = bytes_on_disk(Path(folder))
+        return {**point(task, size), "score": task.references["linear probe"]}
+
+
+#: In the order in which they are measured.
 ADAPTERS: dict[str, Adapter] = {
     adapter.label: adapter
     for adapter in (
-        Adapter("LoRA on attention", lora, 20.0, ATTENTION),
-        Adapter("LoRA", lora, 20.0),
-        Adapter("biases only", None, 20.0, ranked=False),
-        Adapter("IA3", ia3, 100.0, ranked=False),
-        Adapter("SHiRA", shira, 20.0),
-        Adapter("rsLoRA", rslora, 20.0),
+        Adapter("LoRA on attention", lora, ATTENTION),
+        Adapter("LoRA", lora),
+        Adapter("biases only", None, ranked=False),
+        Adapter("IA3", ia3, ranked=False),
+        Adapter("SHiRA", shira),
+        Adapter("rsLoRA", rslora),
     )
 }
+
+#: Peak learning rates by sort of task, found by `bench.quality.rates` on training batches.
+VISION = ("cifar", "digits")
+RATES: dict[str, dict[str, float]] = {
+    "vision": dict.fromkeys(ADAPTERS, 1e-3),
+    "text": dict.fromkeys(ADAPTERS, 1e-3),
+}
+
+
+def rate_of(name: str, label: str) -> float:
+    """Return the learning rate of an adapter for a task; a task of one's own counts as text."""
+    return RATES["vision" if name in VISION else "text"][label]

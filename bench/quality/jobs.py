@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.cells import INPUTS, Cell, Job, task_of
 from bench.quality import entries
-from bench.quality.adapters import ADAPTERS, Adapter
+from bench.quality.adapters import ADAPTERS, Adapter, Probe
 from bench.quality.budgets import BUDGETS
 from bench.quality.entries import ENTRIES, Entry
 from bench.quality.measure import measure
@@ -19,10 +19,12 @@ OWN = "own"  # in the place of a budget: the only file there is
 TASKS = ("cifar", "sst2", "subj", "digits", "cola")  # in this order; CoLA for direction only, since its base is weak
 QUICK = ("digits",)  # a cell takes seconds
 
-Kind = Entry | Peer | Adapter
-KINDS: dict[str, Kind] = {**ENTRIES, **PEERS, **ADAPTERS}
+PROBE = Probe()
 
-FIRST = (entries.CHOSEN, "deltatensors, sparse", "deltatensors, one bit")
+Kind = Entry | Peer | Adapter | Probe
+KINDS: dict[str, Kind] = {PROBE.label: PROBE, **ENTRIES, **PEERS, **ADAPTERS}
+
+FIRST = (PROBE.label, entries.CHOSEN, "deltatensors, sparse", "deltatensors, one bit")
 SECOND = ("SeededSign", "DeltaDQ", "BitDelta", "DARE, seeded")
 THIRD = ("LoRA on attention", "biases only")
 FOURTH = ("SeededSign + Learn", "sparse-llm, SVD", "mergekit DARE, zstd on the xor", "UltraDelta", "zipnn on the xor")
@@ -33,7 +35,7 @@ def jobs(names: Sequence[str], seeds: Sequence[int], shared: Path) -> Iterator[J
     quick = [name for name in names if name in QUICK]
     slow = [name for name in names if name not in QUICK and name != "cola"]
     waves: tuple[tuple[Sequence[str], Sequence[int], Iterable[str]], ...] = (
-        (quick, seeds[:1], KINDS),
+        (quick, seeds[:1], (*ENTRIES, *PEERS)),
         (slow, seeds, FIRST),
         (slow, seeds[:1], SECOND),
         ([name for name in slow if name == "sst2"], seeds[:1], THIRD),
@@ -60,7 +62,9 @@ def budgeted(kind: Kind) -> bool:
     """Return whether it can be made to fit a budget."""
     if isinstance(kind, Peer):
         return kind.low is not None
-    return kind.low < kind.high if isinstance(kind, Entry) else kind.ranked
+    if isinstance(kind, Entry):
+        return kind.low < kind.high
+    return isinstance(kind, Adapter) and kind.ranked
 
 
 def job(name: str, seed: int, shared: Path, kind: Kind, budget: float | None) -> Job:
@@ -68,7 +72,8 @@ def job(name: str, seed: int, shared: Path, kind: Kind, budget: float | None) ->
         task = task_of(name, seed, shared)
         return measure(task, kind, budget) if isinstance(kind, Entry) else kind.measure(task, budget)
 
-    found: dict[str, Any] = kind.settings(seed) if isinstance(kind, Entry) else kind.settings()
+    at: dict[type, tuple[Any, ...]] = {Entry: (seed,), Adapter: (name,)}
+    found: dict[str, Any] = kind.settings(*at.get(type(kind), ()))
     return Job(key(seed, budget, kind.label), {"budget": budget, "inputs": INPUTS, **found}, run, ((name, seed),))
 
 

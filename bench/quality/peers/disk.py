@@ -5,16 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import dtrain
 from bench.cells import Cell
 from bench.quality.budgets import bytes_allowed, greatest_knob
 from bench.quality.measure import point
 from bench.tasks import State, Task
 
+#: What is measured: the `peers` extra asks for these versions.
+VERSIONS = {
+    "deltatensors": "0.2.0",
+    "mergekit": "0.1.5",
+    "peft": "0.21.2",
+    "sparse-llm": "0.0.5",
+    "zipnn": "0.5.4",
+    "zstandard": "0.25.0",
+}
 #: A peer without a knob is shown at a budget that its file exceeds by a tenth at most: to its favour.
 LENIENT = 1.1
 
@@ -47,10 +57,11 @@ class Peer:
 
     def settings(self) -> dict[str, Any]:
         """Return what a cell depends on, beside its budget."""
-        return {"package": self.package, "version": version(self.package), "knob": [self.low, self.high]}
+        return {**told(self.package), "knob": [self.low, self.high]}
 
     def measure(self, task: Task, budget: float | None) -> Cell:
         """Return the cell at a budget, or with the only file there is."""
+        check_version(self.package)
         if budget is None:
             return self.restored(task, 1.0)
         most, low = bytes_allowed(task, budget), self.low
@@ -88,6 +99,27 @@ class Peer:
         with TemporaryDirectory() as folder:
             self.write(task, knob, Path(folder))
             return bytes_on_disk(Path(folder))
+
+
+def told(package: str) -> dict[str, Any]:
+    """Return what a cell says of a package."""
+    return {"package": package, "version": VERSIONS[package]}
+
+
+def check_version(package: str) -> None:
+    """Refuse to measure with a package of another version than the cell says.
+
+    Raises:
+        InputError: If it is another one, or is not installed.
+    """
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        found = "none"
+    if found != VERSIONS[package]:
+        raise dtrain.InputError(
+            f"{package} {VERSIONS[package]} is measured, and {found} is installed. Use pip install 'dtrain[peers]'."
+        )
 
 
 def bytes_on_disk(folder: Path) -> int:

@@ -1,0 +1,105 @@
+"""What has been measured: cells by entry, budget and seed, whose they are, and what of it fits a budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from bench.cells import Cell
+from bench.quality.entries import Entry
+from bench.quality.jobs import KINDS, OWN
+from bench.quality.peers.disk import LENIENT
+
+Side = Literal["dtrain", "stand-in", "peer"]
+
+
+def side_of(label: str) -> Side:
+    """Return whose an entry is: ours, our preset of a published method, or a peer's package, adapter or floor."""
+    kind = KINDS[label]
+    return kind.group if isinstance(kind, Entry) else "peer"
+
+
+def shown(label: str) -> str:
+    """Return an entry's name in a table: what stands in for a method without a package says so."""
+    return f"dtrain's preset of {label}" if side_of(label) == "stand-in" else label
+
+
+@dataclass(frozen=True)
+class Found:
+    """The results of one task.
+
+    Args:
+        name: Of the task.
+        references: Scores of base, linear probe and fine-tuned model, by seed.
+        cells: Cells by key.
+    """
+
+    name: str
+    references: dict[int, dict[str, float]]
+    cells: dict[str, Cell]
+
+    @cached_property
+    def scored(self) -> dict[tuple[str, str], dict[int, Cell]]:
+        """Cells with a score, by (budget, label) and seed."""
+        found: dict[tuple[str, str], dict[int, Cell]] = {}
+        for key, cell in self.cells.items():
+            seed, budget, label = key.split(" | ", 2)
+            if label in KINDS and "score" in cell:
+                found.setdefault((budget, label), {})[int(seed)] = cell
+        return found
+
+    @property
+    def labels(self) -> list[str]:
+        """Entries with a score, in the order of the catalogue."""
+        known = {label for _, label in self.scored}
+        return [label for label in KINDS if label in known]
+
+    def at(self, budget: float, label: str) -> dict[int, Cell]:
+        """Return the cells by seed that an entry has to show at a budget.
+
+        An entry without a knob is shown at every budget that its file fits, and a peer's where it exceeds one by a
+        tenth at most.
+        """
+        if found := self.scored.get((format(budget, "g"), label)):
+            return found
+        fixed = self.scored.get((OWN, label), {})
+        return {seed: cell for seed, cell in fixed.items() if fits(cell, budget, label)}
+
+    def refused(self, budget: float, label: str) -> bool:
+        """Return whether not even the least file of an entry fits a budget."""
+        end = f"| {budget:g} | {label}"
+        return any(key.endswith(end) and "refused" in cell for key, cell in self.cells.items())
+
+    def points(self, label: str) -> Iterator[dict[int, Cell]]:
+        """Yield all cells of an entry, budget by budget."""
+        for (_, name), found in self.scored.items():
+            if name == label:
+                yield found
+
+    def best(self, budget: float, sides: Iterable[Side], but: Iterable[str] = ()) -> tuple[str | None, int]:
+        """Return the entry with the highest score at a budget, above the fine-tune of its seed, and out of how many."""
+        margins: dict[str, float] = {}
+        for label in self.labels:
+            if side_of(label) in sides and label not in but and (cells := self.at(budget, label)):
+                over = [cell["score"] - self.references[seed]["fine-tuned"] for seed, cell in cells.items()]
+                margins[label] = fmean(over)
+        return max(margins, key=margins.__getitem__, default=None), len(margins)
+
+
+def fits(cell: Cell, budget: float, label: str) -> bool:
+    return cell["bits_per_parameter"] <= budget * (1.0 if side_of(label) == "dtrain" else LENIENT)
+
+
+def read(folder: Path, name: str) -> Found | None:
+    """Return the results of a task; None where there are none."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return None
+    results = json.loads(path.read_text())
+    references = {int(key.split(" | ")[1]): value for key, value in results["references"].items()}
+    return Found(name, references, results["cells"])

@@ -1,0 +1,213 @@
+"""Tables and sentences of what has been measured: where dtrain loses first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from bench.cells import Cell, figure, share, show_share
+from bench.quality.budgets import BUDGETS
+from bench.quality.entries import CHOSEN
+from bench.quality.found import Found, read, shown, side_of
+from bench.quality.jobs import TASKS, jobs
+
+RESULTS = Path("bench/results/quality")
+TITLES = {
+    "cifar": "a ViT of 2.7M parameters on five CIFAR-10 classes, accuracy on 2,000 images",
+    "sst2": "MiniLM (22.7M parameters) on SST-2, accuracy on 872 sentences",
+    "subj": "MiniLM on SUBJ, accuracy on 2,000 sentences",
+    "digits": "a ViT of 0.45M parameters on five handwritten digits, accuracy on 225 images",
+    "cola": "MiniLM on CoLA, Matthews correlation on 516 sentences; for direction only, the base is weak",
+}
+#: Quantiles of Student's t for two-sided 95 %, by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+PEERS = ("peer", "stand-in")
+
+
+def load(folder: Path = RESULTS) -> list[Found]:
+    """Return the results of all tasks that have some."""
+    return [found for name in TASKS if (found := read(folder, name)) is not None and found.scored]
+
+
+def interval(values: Sequence[float], digits: int = 3) -> str:
+    """Return the mean of paired differences and half the width of its 95 % confidence interval."""
+    if len(values) < 2:
+        return f"{fmean(values):+.{digits}f} (one seed)"
+    half = STUDENT[len(values) - 1] * stdev(values) / math.sqrt(len(values))
+    return f"{fmean(values):+.{digits}f} ± {half:.{digits}f} (n = {len(values)})"
+
+
+def paired(these: dict[int, Cell], others: dict[int, Cell]) -> list[float]:
+    """Return the differences of scores at the seeds that both have."""
+    return [these[seed]["score"] - others[seed]["score"] for seed in sorted(these.keys() & others.keys())]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return a Markdown table whose first `left` columns are words."""
+    rule = ["---" if column < left else "--:" for column in range(len(header))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows)) + "\n"
+
+
+def scores(cells: dict[int, Cell]) -> str:
+    return figure([cell["score"] for cell in cells.values()])
+
+
+def named(found: Found, budget: float, label: str | None, count: int) -> str:
+    """Return an entry's score and name, and out of how many it was the best."""
+    if label is None:
+        return "nothing fits"
+    return f"{scores(found.at(budget, label))} {shown(label)} (best of {count})"
+
+
+def headline(found: Found) -> str:
+    """Return what fits every budget: the entry that was chosen in advance, the best of ours, the best of all others."""
+    rows: list[list[str]] = []
+    for budget in BUDGETS:
+        chosen = found.at(budget, CHOSEN)
+        rival, rivals = found.best(budget, PEERS)
+        ours, count = found.best(budget, ("dtrain",))
+        differences = paired(chosen, found.at(budget, rival)) if rival else []
+        rows.append(
+            [
+                f"{budget:g} ({allowed(found, budget)})",
+                ahead(differences, bool(chosen), rival is not None),
+                named(found, budget, rival, rivals),
+                scores(chosen) if chosen else "does not fit" if found.refused(budget, CHOSEN) else "-",
+                interval(differences) if differences else "-",
+                named(found, budget, ours, count),
+                kept(found, chosen, "base"),
+                kept(found, chosen, "linear probe"),
+            ]
+        )
+    header = (
+        "bit/param (bytes)",
+        "ahead",
+        "best peer",
+        f"`{CHOSEN}`, chosen in advance",
+        "difference, 95 %",
+        "best of dtrain's own",
+        "gain kept by the chosen, over base",
+        "over probe",
+    )
+    return table(header, rows, left=3)
+
+
+def ahead(differences: Sequence[float], ours: bool, theirs: bool) -> str:
+    """Return who is ahead by the mean of the differences, or alone."""
+    if not differences:
+        return "**peer**" if theirs else "dtrain" if ours else "nobody"
+    mean = fmean(differences)
+    return "**peer**" if mean < 0 else "dtrain" if mean > 0 else "tie"
+
+
+def allowed(found: Found, budget: float) -> str:
+    """Return the bytes of a budget, as any cell at it says."""
+    most = [cell["most"] for key, cell in found.cells.items() if key.split(" | ")[1] == format(budget, "g")]
+    return f"{most[0]:,}" if most else "-"
+
+
+def kept(found: Found, cells: dict[int, Cell], floor: str) -> str:
+    """Return the share of the gain over a floor that is kept, and its standard error."""
+    if not cells:
+        return "-"
+    gains = [found.references[seed]["fine-tuned"] - found.references[seed][floor] for seed in cells]
+    return show_share(share([cell["score"] - found.references[seed][floor] for seed, cell in cells.items()], gains))
+
+
+def references(found: Found) -> str:
+    """Return a line of the scores that everything else is read against."""
+    values = list(found.references.values())
+    parts = (f"{label} {figure([v[label] for v in values])}" for label in ("base", "linear probe", "fine-tuned"))
+    return f"{len(values)} fine-tune(s), mean ± standard deviation: {', '.join(parts)}."
+
+
+def losses(all_found: Sequence[Found]) -> str:
+    """Return where a peer is ahead of the entry that was chosen in advance, the greatest distance first."""
+    lost: list[tuple[float, str]] = []
+    compared = 0
+    for found in all_found:
+        for budget in BUDGETS:
+            rival, count = found.best(budget, PEERS)
+            chosen = found.at(budget, CHOSEN)
+            if rival is None:
+                continue
+            differences = paired(chosen, found.at(budget, rival))
+            refused = found.refused(budget, CHOSEN)
+            compared += bool(differences) or refused
+            name, best = f"{found.name} at {budget:g} bit/param", f"{shown(rival)} ({scores(found.at(budget, rival))})"
+            if refused:
+                lost.append((-1.0, f"* {name}: no file of ours fits; {best} does."))
+            elif differences and fmean(differences) < 0:
+                where = f"{best}, the best of {count} peers, is ahead of {scores(chosen)}"
+                lost.append((fmean(differences), f"* {name}: {where}: {interval(differences)}."))
+    count = f"At {len(lost)} of {compared} pairs of task and budget a peer is ahead of `{CHOSEN}`."
+    return "\n".join([count, "", *(line for _, line in sorted(lost))]) + "\n"
+
+
+def everything(found: Found) -> str:
+    """Return all entries at all budgets of one task."""
+    rows: list[list[str]] = []
+    for budget in (*BUDGETS, None):
+        for label in found.labels:
+            cells = found.scored.get((format(budget, "g") if budget else "own", label), {})
+            if cells:
+                rows.append([f"{budget:g}" if budget else "own", shown(label), *figures(found, cells)])
+    header = ("budget", "entry", "seeds", "file bytes", "bit/param", "score", "over base", "over probe", "processor s")
+    return table(header, rows, left=2)
+
+
+def figures(found: Found, cells: dict[int, Cell]) -> list[str]:
+    values = list(cells.values())
+    spent = [cell["seconds"] for cell in values if "seconds" in cell]
+    return [
+        str(len(values)),
+        f"{fmean(cell['file_bytes'] for cell in values):,.0f}",
+        f"{fmean(cell['bits_per_parameter'] for cell in values):.4f}",
+        scores(cells),
+        kept(found, cells, "base"),
+        kept(found, cells, "linear probe"),
+        f"{fmean(spent):.1f}" if spent else "-",
+    ]
+
+
+def refusals(found: Found) -> str:
+    """Return a line of what does not fit which budget."""
+    refused: dict[str, set[str]] = {}
+    for key, cell in found.cells.items():
+        _, budget, label = key.split(" | ", 2)
+        if "refused" in cell:
+            refused.setdefault(label, set()).add(budget)
+    parts = [f"{label} ({', '.join(sorted(b, key=float, reverse=True))})" for label, b in refused.items()]
+    return f"Does not fit: {'; '.join(parts)}." if parts else ""
+
+
+def lossless(all_found: Sequence[Found]) -> str:
+    """Return the bytes of what comes back bit for bit, in shares of the checkpoint."""
+    labels = ("Lossless", "zipnn on the xor", "zipnn", "zstd on the xor", "zstd")
+    rows: list[list[str]] = []
+    for found in all_found:
+        row: list[str] = []
+        for label in labels:
+            cells = found.scored.get(("own", label), {}).values()
+            row.append(f"{fmean(cell['bits_per_parameter'] for cell in cells) / 32:.1%}" if cells else "-")
+        rows.append([found.name, *row])
+    header = ("task", "dtrain `Lossless`", *labels[1:])
+    return table(header, rows)
+
+
+def missing(found: Found) -> tuple[int, int]:
+    """Return how many cells of a task at three seeds are not there, and how many there are to be."""
+    keys = {job.key for job in jobs((found.name,), (0, 1, 2), Path())}
+    return len(keys - found.cells.keys()), len(keys)
+
+
+def counts(all_found: Sequence[Found]) -> str:
+    """Return how much there is behind the tables."""
+    rows: list[list[str]] = []
+    for found in all_found:
+        by_seed = [sum(seed in cells for cells in found.scored.values()) for seed in sorted(found.references)]
+        entries = [sum(side_of(label) == side for label in found.labels) for side in ("dtrain", "stand-in", "peer")]
+        rows.append([found.name, *map(str, (sum(by_seed), *entries)), ", ".join(map(str, by_seed))])
+    return table(("task", "scores", "dtrain entries", "stand-ins", "peers", "scores by seed"), rows)

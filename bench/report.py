@@ -1,0 +1,119 @@
+"""RESULTS.md, its plots and the README's table, made of what has been measured: `python -m bench.report`.
+
+Nothing in them is written by hand but what the texts below say of the setting. The README's table stands between
+`<!-- results -->` and `<!-- /results -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import bench.speed.tables
+from bench.quality import adamr, pareto, tables
+from bench.quality.budgets import BUDGETS
+from bench.quality.entries import CHOSEN
+from bench.quality.found import Found, shown
+
+START, END = "<!-- results -->", "<!-- /results -->"
+DETAILS = Path("docs/results")
+
+HEAD = f"""# Results
+
+Made by `python -m bench.report` from `bench/results/`; `make bench` measures what is missing, `make bench-check`
+measures a seeded sample of it again. Two cores of a shared machine, no GPU.
+
+## Quality at equal bytes
+
+Every size is that of the files on disk, and a budget is bits of file per parameter of the checkpoint: 1 bit is 32x
+smaller than float32, 0.015 is 2133x. Each entry has one knob (a keep rate, bits, a rank), which is the greatest whose
+file fits; a peer without a knob is admitted where its file exceeds the budget by a tenth at most.
+
+* **Chosen in advance**: `{CHOSEN}`, one bit for one weight in 1/keep at seeded positions, and a closed form for
+  the scale of every tensor that needs no labels. It was named before any cell of these tables was measured; an earlier
+  experiment, `bench.ratios`, had seen the fine-tunes of sst2, subj and cifar at other sizes, none those of digits.
+* "Best of N" is the best of N entries *by its validation score*: a selection on evaluation data, which flatters it.
+  It is made against us (the best peer is compared with the entry chosen in advance), and shown for ours.
+* **Peers** are run from their packages and read back from their own files: `deltatensors` 0.2.0, `sparse-llm` 0.0.5,
+  `mergekit` 0.1.5, `zipnn` 0.5.4, `zstandard`; adapters of `peft` 0.21.2, trained on the task's own batches for as
+  many steps as the fine-tune; and the floors, biases alone and a linear probe. Where no package writes a file for a
+  published method, **dtrain's preset of it** stands in, in dtrain's own file: its bytes are fewer than its authors'.
+* Each adapter has one learning rate for vision and one for text, of four the one with the least loss on training
+  batches (`bench.quality.rates`). More steps, or a search at every rank, might lift them.
+* Fits see 128 unlabelled training inputs. The validation split is only scored. No seed is selected.
+* Differences are paired over the seeds (fine-tune, mask and adapter alike), with a 95 % interval of Student's t. With
+  n = 3 that is 2.5 standard deviations either way, and says little but whether a difference is larger than the seeds'.
+"""
+
+SHORT = "{title}. {references}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path(), help="the checkout that RESULTS.md and README.md are in")
+    root = parser.parse_args().root
+    found = tables.load(root / tables.RESULTS)
+    for task in found:
+        pareto.draw(task, root / DETAILS / f"quality_{task.name}.png")
+        (root / DETAILS / f"{task.name}.md").write_text(details(task))
+    (root / "RESULTS.md").write_text(results(found))
+    readme = root / "README.md"
+    readme.write_text(replaced(readme.read_text(), short(found)))
+
+
+def results(found: Sequence[Found]) -> str:
+    """Return RESULTS.md, with what is lost first."""
+    parts = [HEAD, "### Where we lose\n", tables.losses(found)]
+    for task in found:
+        parts += [f"### {task.name}: {tables.TITLES[task.name]}\n", f"{tables.references(task)}\n"]
+        parts += [tables.headline(task), f"![Score against bytes, {task.name}](docs/results/quality_{task.name}.png)\n"]
+        parts += [f"All entries: [docs/results/{task.name}.md](docs/results/{task.name}.md).\n"]
+    parts += ["### Lossless, as a share of the checkpoint\n", tables.lossless(found)]
+    parts += ["### AdamR: what training costs, and what compression gains\n", adamr.markdown()]
+    parts += ["### How much was measured\n", tables.counts(found), gaps(found)]
+    return "\n".join([*parts, "## Speed\n", bench.speed.tables.markdown()])
+
+
+def gaps(found: Sequence[Found]) -> str:
+    """Return what the tables do not have yet."""
+    lines = [
+        f"{task.name} {missing} of {total}" for task in found for missing, total in [tables.missing(task)] if missing
+    ]
+    return f"Cells not measured yet: {', '.join(lines) or 'none'}. `python -m bench.quality` measures them.\n"
+
+
+def details(task: Found) -> str:
+    """Return the page with all entries of one task."""
+    head = f"# {task.name}: {tables.TITLES[task.name]}\n\nMade by `python -m bench.report`.\n"
+    legend = (
+        "Means over the seeds, ± standard deviation; shares of the gain ± standard error. `own` is for entries without "
+        "a knob. Processor seconds on one thread, of compressing with its fit, or of training an adapter.\n"
+    )
+    return "\n".join([head, tables.references(task), "", legend, tables.everything(task), tables.refusals(task)]) + "\n"
+
+
+def short(found: Sequence[Found]) -> str:
+    """Return the README's table: a row per task, and what the best peer of the same bytes has below."""
+    rows: list[list[str]] = []
+    for task in found:
+        ours, theirs = [f"{task.name}, dtrain"], ["best peer"]
+        for budget in BUDGETS:
+            rival, _ = task.best(budget, tables.PEERS)
+            chosen = task.at(budget, CHOSEN)
+            ours.append(tables.scores(chosen) if chosen else "-")
+            theirs.append(f"{tables.scores(task.at(budget, rival))} {shown(rival)}" if rival else "-")
+        rows += [ours, theirs]
+    return tables.table(("bit of file per parameter", *(f"{budget:g}" for budget in BUDGETS)), rows)
+
+
+def replaced(text: str, block: str) -> str:
+    """Return `text` with `block` between the two marks, if it has them."""
+    if START not in text or END not in text:
+        return text
+    before, _, rest = text.partition(START)
+    return f"{before}{START}\n{block}{END}{rest.partition(END)[2]}"
+
+
+if __name__ == "__main__":
+    main()
