@@ -25,6 +25,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from bench.memory import resident
+
 WIDTH = 1024
 COMMANDS = {
     "compress": ["compress", "base.safetensors", "tuned.safetensors", "delta.safetensors", "--method.keep", "0.01"],
@@ -94,19 +96,19 @@ def child(name: str) -> None:
         start = time.perf_counter()
         work(name)
         seconds = time.perf_counter() - start
-    figures = {"work": seconds, "own": peak[-1] - peak[0], "resident": _memory("VmHWM")}
+    figures = {"work": seconds, "own": peak[-1] - peak[0], "resident": resident("VmHWM") / 1e6}
     sys.stdout.write(json.dumps(figures))
 
 
 @contextlib.contextmanager
 def _own_peak() -> Iterator[list[float]]:
     """Yield [before, peak] of the process's own memory in MB, looked at every few milliseconds."""
-    seen = [_memory("RssAnon"), 0.0]
+    seen = [resident("RssAnon") / 1e6, 0.0]
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.005):
-            seen[1] = max(seen[1], _memory("RssAnon"))
+            seen[1] = max(seen[1], resident("RssAnon") / 1e6)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -115,12 +117,6 @@ def _own_peak() -> Iterator[list[float]]:
     finally:
         done.set()
         thread.join()
-
-
-def _memory(field: str) -> float:
-    """Return one line of the kernel's account of this process, in MB; `ru_maxrss` would include the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1000
 
 
 def measure(name: str, folder: Path, rounds: int, threads: int, cold: bool) -> dict[str, float]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import bench.speed
-from bench.cells import chosen, fill
+from bench.cells import chosen, fill, read_results
 from bench.speed.measure import MODELS, jobs
 from bench.speed.pairs import SIZES
 from bench.speed.peers import FOLDER
 from bench.speed.plot import draw
 from bench.speed.tables import PAIRS, file_of, markdown
+from bench.tasks import write_json
 
 
 def parse() -> argparse.Namespace:
@@ -22,7 +24,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="measure cells with a word in their key")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of every measuring process")
+    parser.add_argument("--rounds", type=int, default=5, help="the most that are made; large models take fewer")
     parser.add_argument("--without-peers", action="store_true", help="measure dtrain, safetensors and torch only")
     parser.add_argument("--again", action="store_true", help="measure what is there, too")
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
@@ -43,9 +46,19 @@ def main() -> None:
 
 
 def measure(dtype: str, size: str, arguments: argparse.Namespace) -> None:
-    cells = jobs(dtype, size, arguments.threads, peers=not arguments.without_peers)
-    fill(file_of(dtype, size), chosen(cells, arguments.only), Path())
+    cells = jobs(dtype, size, arguments.threads, not arguments.without_peers, arguments.rounds)
+    wanted = list(chosen(cells, arguments.only))
+    if arguments.again:
+        forget(file_of(dtype, size), [job.key for job in wanted])
+    fill(file_of(dtype, size), wanted, Path())
     shutil.rmtree(MODELS / f"{dtype}-{size}", ignore_errors=True)
+
+
+def forget(file: Path, keys: Sequence[str]) -> None:
+    """Take cells out of a file of results, so that they are measured anew."""
+    results = read_results(file)
+    results["cells"] = {key: cell for key, cell in results["cells"].items() if key not in keys}
+    write_json(file, results)
 
 
 if __name__ == "__main__":

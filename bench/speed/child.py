@@ -25,6 +25,7 @@ from bench.speed.contenders import MAIN, METHODS, OPERATIONS, Contender, run
 from bench.speed.optimizers import step_turns
 from bench.speed.pairs import SIZES, Pair, Size, State, make
 from bench.speed.peers import PEERS
+from bench.speed.profiles import profile
 
 CONTENDERS = {contender.name: contender for contender in (*MAIN, *METHODS, *PEERS)}
 TINY = Size(64, 1, 200)
@@ -76,9 +77,7 @@ def rehearse(contenders: Sequence[Contender], dtype: torch.dtype) -> dict[str, b
             run(contender.write(pair))
             state = run(contender.read(pair))
             run(contender.swap(pair))
-            if {n: (t.shape, t.dtype) for n, t in state.items()} != {
-                n: (t.shape, t.dtype) for n, t in pair.base.items()
-            }:
+            if kinds(state) != kinds(pair.base):
                 raise ValueError(f"{contender.name} restores something else than the model")
             exact[contender.name] = all(torch.equal(state[name], tensor) for name, tensor in pair.tuned.items())
     return exact
@@ -97,6 +96,8 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     exact = rehearse(contenders, getattr(torch, task["dtype"]))
     with TemporaryDirectory(dir=task["folder"]) as out:
         pair = Pair(Path(task["folder"]), Path(out))
+        if task["operation"] == "profile":
+            return {c.name: {what: profile(pair, c, what) for what in OPERATIONS} for c in contenders}
         if task["operation"] == "memory":
             return memory(pair, contenders[0])
         found = turns(pair, contenders, task["operation"], task["rounds"])

@@ -26,28 +26,40 @@ MODELS = Path("runs/bench/speed")
 ROUNDS = {"20M": 5, "100M": 5, "300M": 3, "1B": 3}
 #: Left out where a round would take minutes; how they grow is seen up to 300M.
 SLOW = ("dtrain Lossless", "torch.save", "deltatensors sparse", "sparse-llm int8", "zstd -3")
-FLOORS = sum(contender.kind == "floor" for contender in MAIN)
 #: Optimizers by size: all their states are there at once.
 OPTIMIZERS = {"20M": tuple(BUILD), "100M": tuple(BUILD)[:6]}
 #: Blocks from 64 KiB on are mapped one by one, so that what a tensor gives back is not resident any more.
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def jobs(dtype: str, size: str, threads: int, peers: bool) -> Iterator[Job]:
-    """Yield the cells of one pair of models: time by operation, all in turn, and memory by contender."""
-    names = [c.name for c in (*MAIN, *(PEERS if peers else ())) if size != "1B" or c.name not in SLOW]
-    make = partial(job, dtype=dtype, size=size, threads=threads)
+def jobs(dtype: str, size: str, threads: int = 1, peers: bool = True, most: int = 5) -> Iterator[Job]:
+    """Yield the cells of one pair of models: time by operation, all in turn, and memory by contender.
+
+    Args:
+        dtype: Of both models.
+        size: Of both models.
+        threads: Of a measuring process.
+        peers: Whether other tools take part.
+        most: The most rounds there may be.
+    """
+    rounds = min(most, ROUNDS[size])
+    taking_part = [c for c in (*MAIN, *(PEERS if peers else ())) if size != "1B" or c.name not in SLOW]
+    names = [contender.name for contender in taking_part]
+    cell = partial(job, dtype=dtype, size=size, threads=threads)
     for operation in OPERATIONS:
-        yield make(operation, operation, names, rounds=ROUNDS[size])
+        yield cell(operation, operation, names, rounds=rounds)
     if dtype == "float32":
-        yield make("step", "step", OPTIMIZERS[size], rounds=3 * ROUNDS[size])
+        yield cell("step", "step", OPTIMIZERS[size], rounds=3 * rounds)
         return
     if size == "20M":
         others = [c.name for c in (MAIN[0], *METHODS)]
         for operation in OPERATIONS[:2]:
-            yield make(f"{operation} | other methods", operation, others, rounds=3)
-    for name in names[FLOORS:]:
-        yield make(f"memory | {name}", "memory", [name], rounds=1)
+            yield cell(f"{operation} | other methods", operation, others, rounds=min(rounds, 3))
+        ours = [c.name for c in (*MAIN, *METHODS) if c.kind == "dtrain"]
+        yield cell("profile", "profile", ours, rounds=1)
+    for contender in taking_part:
+        if contender.kind != "floor":
+            yield cell(f"memory | {contender.name}", "memory", [contender.name], rounds=1)
 
 
 def job(

@@ -29,7 +29,7 @@ def draw(out: Path = OUT) -> None:
         for name, kind, values in curves(found, panel):
             kinds.setdefault(name, (kind, f"C{len(kinds) % 10}"))
             axis.plot(
-                *zip(*sorted(points.items()), strict=True), LINES[kind], color=kinds[name][1], marker="o", label=name
+                *zip(*sorted(values.items()), strict=True), LINES[kind], color=kinds[name][1], marker="o", label=name
             )
         axis.set(xscale="log", yscale="log", xlabel="parameters", title=title)
         axis.set_ylabel("of the checkpoint's size" if panel == "memory" else "MB/s of the checkpoint")

@@ -36,6 +36,24 @@ TITLES = {
 #: The steps of an operation that its table is about; None for all of them.
 STEPS: dict[str, str | None] = {"write": None, "read": None, "swap": "apply"}
 
+#: What would make functions faster in which much time is spent.
+REMEDIES = {
+    "singular_factors": "all eigenvectors in float64, where few are kept: a random range finder, with other files",
+    "code.encode": "Zstandard at level 9: level 1 takes a tenth of the time and makes smaller files, see below",
+    "philox4x32": "ten rounds of some ten passes over int64 tensors: one compiled loop",
+    "_invert": "a binary search for every gap: a table of first guesses",
+    "_trace_norm": "all singular values of every matrix: an estimate from a few random vectors, with other files",
+    "random_order": "a sort of every element: a partial one for each level",
+    "structure.positions": "a stable sort within every group: a selection of the least, as few are kept",
+    "weights.digest": "SHA-256 of the base at every call: its digests could be kept while it stays loaded",
+    "_touched": "SHA-256 of what was written, to know it again: a cheaper hash",
+    "rans_decode": "one symbol after another, in constriction: several streams side by side, in another format",
+    "merge.add": "a pass each to widen, multiply, add and round: one compiled loop",
+    "quantise.encode": "passes over float32 and float64 copies: one compiled loop",
+    "transform.inverse": "the product in float64: float32 would not be the same on all machines",
+    "difference.delta": "a pass each to widen, subtract and round: one compiled loop",
+}
+
 Cells = dict[str, dict[str, Any]]
 Found = dict[tuple[str, str], Cells]
 Row = Mapping[str, Any]
@@ -85,7 +103,7 @@ def markdown() -> str:
         return "Nothing has been measured yet: `python -m bench.speed`.\n"
     parts = [introduction(found), losses(found)]
     parts += [f"**{TITLES[what]}**\n\n{operation(found, what)}" for what in TITLES if has(found, what)]
-    parts += [steps_table(found), memory_table(found), optimizer_table(found), others_table(found)]
+    parts += [steps_table(found), memory_table(found), optimizer_table(found), others_table(found), slowest(found)]
     return "\n".join(filter(None, parts))
 
 
@@ -100,7 +118,7 @@ def introduction(found: Found) -> str:
     threads = sorted({cell["settings"]["threads"] for these in found.values() for cell in these.values()})
     return (
         f"Measured on {'; '.join(names)}; {', '.join(map(str, threads))} thread(s) a process; the load average was "
-        f"{min(loads)} to {max(loads)} meanwhile. MB/s are of the fine-tuned checkpoint, in the fastest round and by the "
+        f"{min(loads)} to {max(loads)} meanwhile. MB/s are of the fine-tuned checkpoint, in the fastest round by the "
         "clock on the wall. In brackets is the ratio to a memory copy of the checkpoint: the median over the rounds of "
         "processor seconds of the same round. dtrain hashes the whole base each time, syncs what it writes, and treats "
         "every tensor here, the embeddings too.\n\n"
@@ -210,3 +228,26 @@ def others_table(found: Found) -> str:
                 line[position] = speed(row, rows[COPY], None)
     header = ("the other methods, 20M bfloat16", "compress and save", "load and rebuild")
     return table(header, [[name, *line] for name, line in lines.items()]) if lines else ""
+
+
+def slowest(found: Found) -> str:
+    """Return dtrain's slowest ways of each operation, where their time goes, and what would make them faster."""
+    profiles = next((these["profile"]["found"] for these in found.values() if "profile" in these), None)
+    if profiles is None:
+        return ""
+    lines: list[list[str]] = []
+    for what in TITLES:
+        ways = sorted(
+            ((rows[what]["seconds"], name, rows[what]["shares"]) for name, rows in profiles.items()), reverse=True
+        )
+        for seconds, name, shares in ways[:3]:
+            most = ", ".join(f"`{function.removeprefix('dtrain.')}` {share:.0%}" for function, share in shares.items())
+            lines.append([f"{what}: {name}", f"{seconds:.2f}", most, remedies(shares)])
+    header = ("the slowest three, 20M bfloat16", "processor s", "share of it", "what would make it faster")
+    return f"**Where the time goes** (functions of dtrain with what they call)\n\n{table(header, lines)}"
+
+
+def remedies(shares: Mapping[str, float]) -> str:
+    """Return what is known about the functions that take a tenth or more."""
+    found = (text for name, share in shares.items() for key, text in REMEDIES.items() if key in name and share >= 0.1)
+    return "; ".join(dict.fromkeys(found)) or "nothing that stands out"
