@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dtrain
-from bench.tasks import TASKS, Task, write_json
+from bench.tasks import Task, task, write_json
 
 INPUTS, BATCH = 128, 32  # unlabelled training inputs that scales are fitted to: four batches, of which Learn holds one
 
@@ -51,7 +51,7 @@ class Job:
 @lru_cache(maxsize=3)  # a family has three
 def task_of(name: str, seed: int, shared: Path, inputs: int = INPUTS) -> Task:
     """Return a task with unlabelled training inputs in small batches."""
-    return TASKS[name](shared, seed, held_out=inputs, batch=BATCH)
+    return task(name, shared, seed, inputs, BATCH)
 
 
 def read_results(out: Path) -> Results:

@@ -39,14 +39,12 @@ file fits; a peer without a knob is admitted where its file exceeds the budget b
   `mergekit` 0.1.5, `zipnn` 0.5.4, `zstandard`; adapters of `peft` 0.21.2, trained on the task's own batches for as
   many steps as the fine-tune; and the floors, biases alone and a linear probe. Where no package writes a file for a
   published method, **dtrain's preset of it** stands in, in dtrain's own file: its bytes are fewer than its authors'.
-* Each adapter has one learning rate for vision and one for text, of four the one with the least loss on training
+* Each adapter has one learning rate for vision and one for text, of five the one with the least loss on training
   batches (`bench.quality.rates`). More steps, or a search at every rank, might lift them.
 * Fits see 128 unlabelled training inputs. The validation split is only scored. No seed is selected.
 * Differences are paired over the seeds (fine-tune, mask and adapter alike), with a 95 % interval of Student's t. With
   n = 3 that is 2.5 standard deviations either way, and says little but whether a difference is larger than the seeds'.
 """
-
-SHORT = "{title}. {references}"
 
 
 def main() -> None:
@@ -66,7 +64,10 @@ def results(found: Sequence[Found]) -> str:
     """Return RESULTS.md, with what is lost first."""
     parts = [HEAD, "### Where we lose\n", tables.losses(found)]
     for task in found:
-        parts += [f"### {task.name}: {tables.TITLES[task.name]}\n", f"{tables.references(task)}\n"]
+        parts += [
+            f"### {task.name}: {tables.TITLES.get(task.name, 'a task of your own')}\n",
+            f"{tables.references(task)}\n",
+        ]
         parts += [tables.headline(task), f"![Score against bytes, {task.name}](docs/results/quality_{task.name}.png)\n"]
         parts += [f"All entries: [docs/results/{task.name}.md](docs/results/{task.name}.md).\n"]
     parts += ["### Lossless, as a share of the checkpoint\n", tables.lossless(found)]
@@ -85,7 +86,7 @@ def gaps(found: Sequence[Found]) -> str:
 
 def details(task: Found) -> str:
     """Return the page with all entries of one task."""
-    head = f"# {task.name}: {tables.TITLES[task.name]}\n\nMade by `python -m bench.report`.\n"
+    head = f"# {task.name}: {tables.TITLES.get(task.name, 'a task of your own')}\n\nMade by `python -m bench.report`.\n"
     legend = (
         "Means over the seeds, ± standard deviation; shares of the gain ± standard error. `own` is for entries without "
         "a knob. Processor seconds on one thread, of compressing with its fit, or of training an adapter.\n"

@@ -13,6 +13,7 @@ with the accuracy beside it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -324,6 +325,25 @@ def images(name: str, data: Images, model: nn.Module, seed: int, held_out: int, 
 
 #: Tasks by name: of the folder of data and models, the seed, how many unlabelled inputs and of what batch.
 TASKS: dict[str, Callable[..., Task]] = {"sst2": sst2, "subj": subj, "cola": cola, "cifar": cifar, "digits": digits}
+
+
+def task(name: str, shared: Path, seed: int, held_out: int = HELD_OUT, batch: int = 64) -> Task:
+    """Return the task of a name: one of `TASKS`, or `module:function` of one's own with the same arguments.
+
+    Raises:
+        InputError: If there is none.
+    """
+    if name in TASKS:
+        return TASKS[name](shared, seed, held_out, batch)
+    module, _, function = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise dtrain.InputError(
+            f"there is no task {name!r} ({error}). Use one of {', '.join(TASKS)}, or `module:function`, where the "
+            "function returns a bench.tasks.Task: base and fine-tuned weights, unlabelled inputs, and what scores them."
+        ) from error
+    return make(shared, seed, held_out, batch)
 
 
 def cached(

@@ -1,7 +1,8 @@
 """Quality at equal bytes: dtrain against peers, on real tasks, at the same budgets of bytes on disk.
 
     python -m bench.quality --task cifar sst2 subj digits cola --seeds 0 1 2 --shared ../shared
-    python -m bench.quality --only "SeededSign" "0.06"               # cells with one of these in their key
+    python -m bench.quality --entries "SeededSign" "DeltaDQ" --only "| 0.06 |"     # cells with this in their key
+    python -m bench.quality --task my_module:my_task                 # any pair: a function as those of bench.tasks
 
 One JSON file per task in `bench/results/quality`, one cell per (seed, budget, entry); it picks up where it stopped, and
 measures a cell anew once its settings have changed. `python -m bench.report` makes tables and plots of what is there.
@@ -13,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from bench.cells import Job, chosen, fill, parser_for
-from bench.quality.jobs import TASKS, jobs
+from bench.quality.jobs import KINDS, TASKS, jobs
 
 OUT = Path("bench/results/quality")
 
@@ -23,12 +24,14 @@ def task_name(job: Job) -> str:
 
 
 def main() -> None:
-    parser = parser_for(__doc__, choices=TASKS, nargs="+", default=TASKS)
+    parser = parser_for(__doc__, nargs="+", default=TASKS)
+    parser.add_argument("--entries", nargs="+", choices=KINDS, default=list(KINDS), metavar="LABEL", help="of these")
     arguments = parser.parse_args()
     out = arguments.out or OUT
-    todo = chosen(jobs(arguments.task, arguments.seeds, arguments.shared), arguments.only)
+    every = jobs(arguments.task, arguments.seeds, arguments.shared)
+    todo = (job for job in chosen(every, arguments.only) if job.key.split(" | ", 2)[2] in arguments.entries)
     for name, group in groupby(todo, key=task_name):
-        fill(out / f"{name}.json", group, arguments.shared)
+        fill(out / f"{name.replace(':', '.')}.json", group, arguments.shared)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,12 @@ def draw(found: Found, path: Path) -> None:
         side = side_of(label)
         line(axes, found, label, drawn[side])
         drawn[side] += 1
-    axes.set(xscale="log", xlabel="bit of file per parameter", ylabel="score on validation", title=TITLES[found.name])
+    axes.set(
+        xscale="log",
+        xlabel="bit of file per parameter",
+        ylabel="score on validation",
+        title=TITLES.get(found.name, found.name),
+    )
     size = fmean(
         8 * c["file_bytes"] / c["bits_per_parameter"] for cells in found.scored.values() for c in cells.values()
     )

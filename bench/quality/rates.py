@@ -2,7 +2,7 @@
 
     python -m bench.quality.rates --task digits sst2
 
-Every adapter is trained at seed 0 and rank 2 for a quarter of the steps at four rates; the one with the least loss on
+Every adapter is trained at seed 0 and rank 2 for a quarter of the steps at five rates; the one with the least loss on
 the last fifth of its training batches is taken (SST-2 and CIFAR-10 see every batch once, so that is a loss on batches
 not yet trained on; digits are shifted anew every time). What was found stands in `bench.quality.adapters.RATES`: digits
 decide for vision, SST-2 for text. One JSON cell per (task, adapter, rate).
@@ -20,7 +20,7 @@ from bench.quality.adapters import ADAPTERS, VISION
 from bench.quality.jobs import TASKS
 
 OUT = Path("bench/results/quality/rates.json")
-CANDIDATES = (3e-4, 1e-3, 3e-3, 1e-2)
+CANDIDATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 RANK, PART = 2, 4
 
 

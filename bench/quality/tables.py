@@ -21,14 +21,16 @@ TITLES = {
     "digits": "a ViT of 0.45M parameters on five handwritten digits, accuracy on 225 images",
     "cola": "MiniLM on CoLA, Matthews correlation on 516 sentences; for direction only, the base is weak",
 }
+NOT_TASKS = ("adamr", "rates")
 #: Quantiles of Student's t for two-sided 95 %, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 PEERS = ("peer", "stand-in")
 
 
 def load(folder: Path = RESULTS) -> list[Found]:
-    """Return the results of all tasks that have some."""
-    return [found for name in TASKS if (found := read(folder, name)) is not None and found.scored]
+    """Return the results of all tasks that have some: those of one's own come last."""
+    own = sorted(path.stem for path in folder.glob("*.json") if path.stem not in (*TASKS, *NOT_TASKS))
+    return [found for name in (*TASKS, *own) if (found := read(folder, name)) is not None and found.scored]
 
 
 def interval(values: Sequence[float], digits: int = 3) -> str:
