@@ -8,9 +8,9 @@
     python recipes/roberta_glue.py --trainer.logger WandbLogger --trainer.logger.offline true
     python recipes/roberta_glue.py ... --evaluate merged.safetensors     # only score weights, after `dtrain apply`
 
-`--data.dataset` is `english` (tasks word_order and next_sentence, made of the standard library's documentation), a Hub
-data set such as `nyu-mll/glue`, or a folder of Parquet files in its schema, with a folder per task or without. The task
-is what that folder is called, or `--data.task`.
+`--data.dataset` is `english` (made of the standard library's documentation: task word_order; next_sentence is beyond
+the small base), a Hub data set such as `nyu-mll/glue`, or a folder of Parquet files in its schema, with a folder per
+task or without. The task is what that folder is called, or `--data.task`.
 `--model.pretrained` is `english` (pre-trained here by masked words), a Hub model such as `FacebookAI/roberta-base`, or
 a local folder of any encoder that transformers can put a head on, BERT's family included.
 Everything else: --help. The same settings as YAML: --config recipes/roberta_glue.yaml
