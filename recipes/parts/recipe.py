@@ -17,7 +17,7 @@ from dtrain.callbacks import AdamRCallback, DeltaCompressionCallback, compress_f
 from dtrain.callbacks.outcome import run_folder
 from dtrain.callbacks.weights_and_biases import check_installed, check_wandb
 from parts.presets import choose_preset, named_class
-from parts.training import ValidateAtLast
+from parts.training import OrderOfEpoch, ValidateAtLast
 
 Presets = Mapping[str, Mapping[str, Any]]
 
@@ -76,7 +76,7 @@ class RecipeCLI(LightningCLI):
         super().__init__(
             model,
             data,
-            trainer_defaults={"callbacks": [ValidateAtLast()]},
+            trainer_defaults={"callbacks": [OrderOfEpoch(), ValidateAtLast()]},
             save_config_callback=LogConfig,
             save_config_kwargs={"save_to_log_dir": False},  # which all runs of a WandbLogger share
             seed_everything_default=0,

@@ -25,6 +25,15 @@ def warmup_then_cosine(module: L.LightningModule, lr: float) -> dict[str, Any]:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class OrderOfEpoch(L.Callback):
+    """Gives a sampler the epoch that a run is in: Lightning counts one more if a run with `max_steps` is resumed."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        sampler = trainer.train_dataloader.sampler
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(trainer.current_epoch)
+
+
 class ValidateAtLast(L.Callback):
     """Validates at the last step of a run that ends within its first epoch: its checkpoints have a score to go by."""
 
