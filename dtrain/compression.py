@@ -164,8 +164,9 @@ def _bitwise(name: str, tuned: Tensor, base: Tensor) -> Payload:
             f"tensor {name!r} is {base.dtype} in the base and {tuned.dtype} in the fine-tuned model. "
             "Cast one of the checkpoints, or use a method that is not bitwise."
         )
-    plain, coded = (encode(Pipeline(All(), bits, code), name, raw ^ tensor_bytes(base)) for code in (Packed(), Zstd()))
-    return min(plain, coded, key=lambda payload: payload.data.numel())
+    changed = raw ^ tensor_bytes(base)
+    coded = encode(Pipeline(All(), bits, Zstd()), name, changed)
+    return coded if coded.data.numel() < raw.numel() else encode(Pipeline(All(), bits, Packed()), name, changed)
 
 
 def _record(change: Change, payloads: tuple[Payload, ...], hashes: Mapping[str, bytes]) -> Record:

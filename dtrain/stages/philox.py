@@ -34,7 +34,8 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     for _ in range(10):
         # torch has no unsigned 64-bit product; the signed one wraps to the same bits, and the mask drops the sign.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = (p1 >> 32).bitwise_and_(_MASK32) ^ c1 ^ k0, (p0 >> 32).bitwise_and_(_MASK32) ^ c3 ^ k1
+        c0 = (p1 >> 32).bitwise_and_(_MASK32).bitwise_xor_(c1).bitwise_xor_(k0)
+        c2 = (p0 >> 32).bitwise_and_(_MASK32).bitwise_xor_(c3).bitwise_xor_(k1)
         c1, c3 = p1.bitwise_and_(_MASK32), p0.bitwise_and_(_MASK32)
         k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
     return [c0, c1, c2, c3]

@@ -78,7 +78,8 @@ def _cost(counts: Array, precision: int, table: Array) -> float:
     """Return the bytes that table and symbols will take."""
     used = counts > 0
     bits = float((counts[used] * (precision - np.log2(table[used]))).sum())
-    return bits / 8 + sum(len(varint(int(share))) for share in table)
+    # A share is at most 2**20: a byte of its variable length for every seven bits.
+    return bits / 8 + len(table) + sum(np.count_nonzero(table >= 1 << more) for more in (7, 14))
 
 
 def _model(table: Array, precision: int) -> Any:
