@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 import bench.speed
-from bench.cells import chosen, fill, read_results
-from bench.speed.measure import MODELS, jobs
+from bench.speed.measure import MODELS, fill, jobs
 from bench.speed.pairs import SIZES
 from bench.speed.peers import FOLDER
 from bench.speed.plot import draw
 from bench.speed.tables import PAIRS, file_of, markdown
-from bench.tasks import write_json
 
 
 def parse() -> argparse.Namespace:
@@ -47,18 +43,9 @@ def main() -> None:
 
 def measure(dtype: str, size: str, arguments: argparse.Namespace) -> None:
     cells = jobs(dtype, size, arguments.threads, not arguments.without_peers, arguments.rounds)
-    wanted = list(chosen(cells, arguments.only))
-    if arguments.again:
-        forget(file_of(dtype, size), [job.key for job in wanted])
-    fill(file_of(dtype, size), wanted, Path())
+    wanted = [job for job in cells if not arguments.only or any(word in job.key for word in arguments.only)]
+    fill(file_of(dtype, size), wanted, arguments.again)
     shutil.rmtree(MODELS / f"{dtype}-{size}", ignore_errors=True)
-
-
-def forget(file: Path, keys: Sequence[str]) -> None:
-    """Take cells out of a file of results, so that they are measured anew."""
-    results = read_results(file)
-    results["cells"] = {key: cell for key, cell in results["cells"].items() if key not in keys}
-    write_json(file, results)
 
 
 if __name__ == "__main__":
