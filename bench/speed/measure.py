@@ -52,13 +52,18 @@ class Job:
 def fill(out: Path, jobs: Iterable[Job], again: bool = False) -> None:
     """Measure the cells that `out` does not have, or all of them again, and write it after each."""
     cells: Cells = json.loads(out.read_text())["cells"] if out.exists() else {}
-    out.parent.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         if not again and cells.get(job.key, {}).get("settings") == job.settings:
             continue
         cells[job.key] = {"settings": job.settings, **job.measure()}
-        write_atomic(out, [(json.dumps({"cells": cells}, indent=1) + "\n").encode()])
+        write(out, {"cells": cells})
         sys.stderr.write(f"{out.stem}: {job.key}\n")
+
+
+def write(out: Path, value: Any) -> None:
+    """Write JSON so that a run that is killed leaves the old file or the new one."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, [(json.dumps(value, indent=1) + "\n").encode()])
 
 
 def jobs(dtype: str, size: str, threads: int = 1, peers: bool = True, most: int = 5) -> Iterator[Job]:

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 RESULTS = Path("bench/results/speed")
+VERSUS = RESULTS / "versus.json"
 #: Parameters and dtype of the pairs of models, in the order in which they are measured.
 PAIRS = (
     ("bfloat16", "20M"),
@@ -103,7 +104,14 @@ def markdown() -> str:
         return "Nothing has been measured yet: `python -m bench.speed`.\n"
     parts = [introduction(found), losses(found)]
     parts += [f"**{TITLES[what]}**\n\n{operation(found, what)}" for what in TITLES if has(found, what)]
-    parts += [steps_table(found), memory_table(found), optimizer_table(found), others_table(found), slowest(found)]
+    parts += [
+        steps_table(found),
+        memory_table(found),
+        optimizer_table(found),
+        others_table(found),
+        slowest(found),
+        versus(),
+    ]
     return "\n".join(filter(None, parts))
 
 
@@ -251,3 +259,17 @@ def remedies(shares: Mapping[str, float]) -> str:
     """Return what is known about the functions that take a tenth or more."""
     found = (text for name, share in shares.items() for key, text in REMEDIES.items() if key in name and share >= 0.1)
     return "; ".join(dict.fromkeys(found)) or "nothing that stands out"
+
+
+def versus() -> str:
+    """Return what the last change for the sake of speed was worth: the least processor seconds of several rounds."""
+    if not VERSUS.exists():
+        return ""
+    found = json.loads(VERSUS.read_text())
+    least = {key: (min(spent["before"]), min(spent["after"])) for key, spent in found["seconds"].items()}
+    rows = [
+        [key.replace(" | ", ": "), f"{before:.3f}", f"{after:.3f}", f"{after / before:.2f}"]
+        for key, (before, after) in least.items()
+    ]
+    header = ("20M bfloat16, processor s", "before", "after", "ratio")
+    return f"**{found['what']}** (`python -m bench.speed.versus`)\n\n{table(header, rows)}"

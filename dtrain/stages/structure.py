@@ -55,10 +55,15 @@ class Groups:
         for first in range(0, total, step):
             count = min(step, total - first)
             drawn = words(key, first * self.size, -(-count * self.size // 4) * 4, device)[: count * self.size]
-            # The positions with the `kept` smallest words: all subsets are alike. A tie goes to the first.
-            order = torch.sort(drawn.view(count, self.size), dim=1, stable=True).indices[:, : self.kept]
+            # The positions with the `kept` smallest words: all subsets are alike. A tie goes to the first, since a
+            # position is the lower part of its key; so no two keys are equal, and any selection finds the same ones.
+            keys = (drawn.view(count, self.size) << 16) | torch.arange(self.size, device=device)
+            if self.kept == 1:
+                least = keys.amin(dim=1, keepdim=True)
+            else:
+                least = keys.topk(self.kept, dim=1, largest=False, sorted=False).values
             group = torch.arange(first, first + count, device=device)[:, None]
-            column = group % per_row * self.size + order.sort(dim=1).values
+            column = group % per_row * self.size + (least & 0xFFFF).sort(dim=1).values
             found.append((group // per_row * columns + column)[column < columns])
         return torch.cat(found)
 
