@@ -25,7 +25,7 @@ from bench.speed.contenders import MAIN, METHODS, OPERATIONS, Contender, run
 from bench.speed.optimizers import step_turns
 from bench.speed.pairs import SIZES, Pair, Size, State, make
 from bench.speed.peers import PEERS
-from bench.speed.profiles import profile
+from bench.speed.profiles import levels, profile
 
 CONTENDERS = {contender.name: contender for contender in (*MAIN, *METHODS, *PEERS)}
 TINY = Size(64, 1, 200)
@@ -98,6 +98,8 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
         pair = Pair(Path(task["folder"]), Path(out))
         if task["operation"] == "profile":
             return {c.name: {what: profile(pair, c, what) for what in OPERATIONS} for c in contenders}
+        if task["operation"] == "levels":
+            return levels(pair)
         if task["operation"] == "memory":
             return memory(pair, contenders[0])
         found = turns(pair, contenders, task["operation"], task["rounds"])

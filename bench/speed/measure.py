@@ -82,6 +82,8 @@ def jobs(dtype: str, size: str, threads: int = 1, peers: bool = True, most: int 
     cell = partial(job, dtype=dtype, size=size, threads=threads)
     for operation in OPERATIONS:
         yield cell(operation, operation, names, rounds=rounds)
+    if size == "20M":
+        yield cell("levels", "levels", [], rounds=1)
     if dtype == "float32":
         yield cell("step", "step", OPTIMIZERS[size], rounds=3 * rounds)
         return

@@ -9,11 +9,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import zstandard
+from torch import Tensor
+
 import dtrain
 from bench.speed.contenders import Contender, run
 from bench.speed.pairs import Pair
+from dtrain.stages import Bits, blocks
+from dtrain.stages.bits import as_buffer
+from dtrain.weights import tensor_bytes
 
 TOP = 4
+LEVELS = (1, 3, 6, 9)
 ROOT = Path(dtrain.__file__).parents[1]
 
 Where = tuple[str, int, str]
@@ -32,6 +39,22 @@ def profile(pair: Pair, contender: Contender, operation: str) -> dict[str, Any]:
         "seconds": round(whole, 3),
         "shares": {name: round(own[name] / whole, 3) for name, _ in own.most_common(TOP)},
     }
+
+
+def levels(pair: Pair) -> dict[str, dict[str, float]]:
+    """Return the bytes and processor seconds of what `Lossless` codes, at several levels of Zstandard."""
+    planes = [planes_of(pair.base[name], tuned) for name, tuned in pair.tuned.items()]
+    found: dict[str, dict[str, float]] = {}
+    for level in LEVELS:
+        start, coder = time.process_time(), zstandard.ZstdCompressor(level=level)
+        size = sum(len(coder.compress(as_buffer(plane))) for plane in planes)
+        found[str(level)] = {"bytes": size, "seconds": round(time.process_time() - start, 3)}
+    return found
+
+
+def planes_of(base: Tensor, tuned: Tensor) -> Tensor:
+    changed = tensor_bytes(base) ^ tensor_bytes(tuned)
+    return Bits(tuned.itemsize).encode(changed, blocks(0, 0, None)).symbols
 
 
 def of_dtrain(stats: dict[Where, Any]) -> Counter[str]:

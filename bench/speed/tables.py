@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS = Path("bench/results/speed")
 VERSUS = RESULTS / "versus.json"
@@ -45,7 +45,8 @@ REMEDIES = {
     "_invert": "a binary search for every gap: a table of first guesses",
     "_trace_norm": "all singular values of every matrix: an estimate from a few random vectors, with other files",
     "random_order": "a sort of every element: a partial one for each level",
-    "structure.positions": "a stable sort within every group: a selection of the least, as few are kept",
+    "structure.positions": "a random word for every element, kept or not: one draw a group, in another format",
+    "_counts": "small calls for every tensor at every step of a bisection: all tensors at once",
     "weights.digest": "SHA-256 of the base at every call: its digests could be kept while it stays loaded",
     "_touched": "SHA-256 of what was written, to know it again: a cheaper hash",
     "rans_decode": "one symbol after another, in constriction: several streams side by side, in another format",
@@ -104,14 +105,8 @@ def markdown() -> str:
         return "Nothing has been measured yet: `python -m bench.speed`.\n"
     parts = [introduction(found), losses(found)]
     parts += [f"**{TITLES[what]}**\n\n{operation(found, what)}" for what in TITLES if has(found, what)]
-    parts += [
-        steps_table(found),
-        memory_table(found),
-        optimizer_table(found),
-        others_table(found),
-        slowest(found),
-        versus(),
-    ]
+    makers = (steps_table, memory_table, optimizer_table, others_table, slowest, levels)
+    parts += [*(make(found) for make in makers), versus()]
     return "\n".join(filter(None, parts))
 
 
@@ -129,30 +124,50 @@ def introduction(found: Found) -> str:
         f"{min(loads)} to {max(loads)} meanwhile. MB/s are of the fine-tuned checkpoint, in the fastest round by the "
         "clock on the wall. In brackets is the ratio to a memory copy of the checkpoint: the median over the rounds of "
         "processor seconds of the same round. dtrain hashes the whole base each time, syncs what it writes, and treats "
-        "every tensor here, the embeddings too.\n\n"
+        "every tensor here, the embeddings too. deltatensors hashes the base, and reads it from its file in bfloat16; "
+        "sparse-llm, zipnn, Zstandard, safetensors and torch look at no base or do not check it.\n\n"
         "![MB/s and peak memory against parameters](docs/results/speed.png)\n"
     )
 
 
+class Comparison(NamedTuple):
+    """dtrain against another tool: how many times as many processor seconds, and bytes, it takes."""
+
+    seconds: float
+    size: float
+    ours: str
+    theirs: str
+    what: str
+    models: str
+
+    def row(self) -> list[str]:
+        return [
+            f"{self.ours} / {self.theirs}, {self.what}, {self.models}",
+            f"{self.seconds:.2f}",
+            f"{self.size:.2f}",
+        ]
+
+
 def losses(found: Found) -> str:
-    """Return where other tools that do alike are faster, the worst first."""
+    """Return where the tools that are nearest to dtrain's methods are faster, the worst first."""
     lines = sorted(comparisons(found), reverse=True)
     if not lines:
         return ""
-    rows = [[f"{ours} / {theirs}", what, pair, f"{value:.2f}"] for value, ours, theirs, what, pair in lines]
-    lost, won = ([row for row in rows if (float(row[3]) > 1) == worse] for worse in (True, False))
-    header = ("dtrain / other tool", "operation", "models", "ratio of processor seconds")
-    text = f"**Where we lose.** In {len(lost)} of {len(rows)} comparisons with a tool that stores much the same:\n\n"
-    return f"{text}{table(header, lost)}\nIn the others dtrain is faster:\n\n{table(header, won)}"
+    lost, won = ([line.row() for line in lines if (line.seconds > 1) == worse] for worse in (True, False))
+    header = ("dtrain / the tool nearest to it", "processor seconds, ratio", "bytes of the file, ratio")
+    text = f"**Where we lose.** dtrain is slower in {len(lost)} of {len(lines)} comparisons, the worst first:\n\n"
+    return f"{text}{table(header, lost)}\nIn the others it is faster:\n\n{table(header, won)}"
 
 
-def comparisons(found: Found) -> Iterator[tuple[float, str, str, str, str]]:
+def comparisons(found: Found) -> Iterator[Comparison]:
     for (dtype, size), these in found.items():
         for what in TITLES:
             rows = these.get(what, {}).get("found", {})
             for ours, theirs in ALIKE:
                 if ours in rows and theirs in rows:
-                    yield ratio(rows[ours], rows[theirs], STEPS[what]), ours, theirs, what, f"{size} {dtype}"
+                    seconds = ratio(rows[ours], rows[theirs], STEPS[what])
+                    share = rows[ours]["bytes"] / rows[theirs]["bytes"]
+                    yield Comparison(seconds, share, ours, theirs, what, f"{size} {dtype}")
 
 
 def operation(found: Found, what: str) -> str:
@@ -259,6 +274,15 @@ def remedies(shares: Mapping[str, float]) -> str:
     """Return what is known about the functions that take a tenth or more."""
     found = (text for name, share in shares.items() for key, text in REMEDIES.items() if key in name and share >= 0.1)
     return "; ".join(dict.fromkeys(found)) or "nothing that stands out"
+
+
+def levels(found: Found) -> str:
+    """Return what the levels of Zstandard make of what `Lossless` codes."""
+    columns = {pair: these["levels"]["found"] for pair, these in found.items() if "levels" in these}
+    names = dict.fromkeys(level for rows in columns.values() for level in rows)
+    lines = [[n, *(f"{r[n]['bytes']:,} ({r[n]['seconds']:.2f})" for r in columns.values())] for n in names]
+    header = ["level of Zstandard: bytes (processor s)", *[f"{size} {dtype}" for dtype, size in columns]]
+    return f"**What `Lossless` codes, at other levels than its 9**\n\n{table(header, lines)}" if lines else ""
 
 
 def versus() -> str:
