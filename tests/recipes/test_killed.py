@@ -23,6 +23,7 @@ STEPS = 16  # four epochs; as in the presets it is steps that end a run, after w
 RUN = ["--preset=offline", "--model.pretrained=base", "--data.batch_size=128", "--trainer.accelerator=cpu"]
 RUN += ["--trainer.enable_progress_bar=false", f"--trainer.max_steps={STEPS}"]
 RUN += ["--method=DareX", "--method.keep=0.1", "--method.masks=1", "--compress.calibration_batches=1"]
+RUN += ["--data.workers=1"]  # a worker reads ahead, before a training says which epoch it is in
 
 
 def write_base(folder: Path) -> None:

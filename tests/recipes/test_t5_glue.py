@@ -95,7 +95,7 @@ def test_the_file_gives_the_same_score(recipe, folders, tmp_path, kind):
 
 
 def test_resumed_run_equals_the_unbroken_one_bit_for_bit(recipe, tmp_path):
-    common = ("--trainer.max_epochs=2", "--trainer.max_steps=-1", "--checkpoint.save_top_k=-1", "--compare=false")
+    common = ("--trainer.max_steps=20", "--checkpoint.save_top_k=-1", "--compare=false")
     fitted = ("--fit=Search", "--fit.scan=golden")
     whole = recipe(*common, *fitted, cwd="unbroken")
     shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
