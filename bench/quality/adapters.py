@@ -7,10 +7,12 @@ the score is that of a model that has loaded it.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +26,7 @@ from bench.quality.budgets import bytes_allowed
 from bench.quality.measure import point
 from bench.quality.peers.disk import bytes_on_disk, check_version, told
 from bench.tasks import Task, answers, share_right
-from dtrain import Rules
+from dtrain import InputError, Rules
 from dtrain.rules import matches
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -72,9 +74,11 @@ class Adapter:
 
     def trained(self, task: Task, rank: int) -> Cell:
         """Train, save, load into a fresh model, and score."""
+        if (rate := rate_of(task.name, self.label)) is None:
+            raise InputError(f"no rate has been tried for {self.label} on {task.name}. Run bench.quality.rates.")
         model = self.wrap(task, rank)
         start = time.process_time()
-        loss = self.learn(task, model, rate_of(task.name, self.label))
+        loss = self.learn(task, model, rate)
         seconds = time.process_time() - start
         with TemporaryDirectory() as folder:
             self.save(model, Path(folder))
@@ -196,14 +200,26 @@ ADAPTERS: dict[str, Adapter] = {
     )
 }
 
-#: Peak learning rates by sort of task, found by `bench.quality.rates` on training batches.
+#: Rates that `bench.quality.rates` has tried, and which tasks decide for vision; all others decide for text.
+TRIED = Path(__file__).parents[1] / "results/quality/rates.json"
 VISION = ("cifar", "digits")
-RATES: dict[str, dict[str, float]] = {
-    "vision": dict.fromkeys(ADAPTERS, 1e-3),
-    "text": dict.fromkeys(ADAPTERS, 1e-3),
-}
+FAMILIAR = "LoRA on attention"  # its rate is taken for what has not been tried
 
 
-def rate_of(name: str, label: str) -> float:
-    """Return the learning rate of an adapter for a task; a task of one's own counts as text."""
-    return RATES["vision" if name in VISION else "text"][label]
+def rate_of(name: str, label: str) -> float | None:
+    """Return the learning rate of an adapter for a task: of those tried, the one with the least training loss."""
+    sort, rates = name in VISION, rates_tried(TRIED)
+    tried = rates.get((sort, label)) or rates.get((sort, FAMILIAR), {})
+    return min(tried, key=tried.__getitem__, default=None)
+
+
+@lru_cache
+def rates_tried(path: Path) -> dict[tuple[bool, str], dict[float, float]]:
+    """Return the losses by rate, by whether they are of a task of vision, and adapter."""
+    found: dict[tuple[bool, str], dict[float, float]] = {}
+    if not path.exists():
+        return found
+    for key, cell in json.loads(path.read_text())["cells"].items():
+        name, label, rate = key.split(" | ")
+        found.setdefault((name in VISION, label), {})[float(rate)] = cell["loss"]
+    return found

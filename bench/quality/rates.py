@@ -4,22 +4,20 @@
 
 Every adapter is trained at seed 0 and rank 2 for a quarter of the steps at five rates; the one with the least loss on
 the last fifth of its training batches is taken (SST-2 and CIFAR-10 see every batch once, so that is a loss on batches
-not yet trained on; digits are shifted anew every time). What was found stands in `bench.quality.adapters.RATES`: digits
-decide for vision, SST-2 for text. One JSON cell per (task, adapter, rate).
+not yet trained on; digits are shifted anew every time). Digits decide for vision, SST-2 for text. One JSON cell per
+(task, adapter, rate), in `bench/results/quality/rates.json`, which `bench.quality` reads.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
 from bench.cells import Cell, Job, chosen, fill, parser_for, task_of
-from bench.quality.adapters import ADAPTERS, VISION
+from bench.quality.adapters import ADAPTERS, TRIED
 from bench.quality.jobs import TASKS
 
-OUT = Path("bench/results/quality/rates.json")
 CANDIDATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 RANK, PART = 2, 4
 
@@ -41,20 +39,10 @@ def job(name: str, shared: Path, label: str, rate: float) -> Job:
     return Job(f"{name} | {label} | {rate:g}", settings, run, ((name, 0),))
 
 
-def found(out: Path = OUT) -> dict[str, dict[str, float]]:
-    """Return the rate of least loss by sort of task and adapter, as far as it was measured."""
-    least: dict[str, dict[str, tuple[float, float]]] = {}
-    for key, cell in json.loads(out.read_text())["cells"].items():
-        name, label, rate = key.split(" | ")
-        sort = least.setdefault("vision" if name in VISION else "text", {})
-        sort[label] = min(sort.get(label, (float("inf"), 0.0)), (cell["loss"], float(rate)))
-    return {sort: {label: rate for label, (_, rate) in rates.items()} for sort, rates in least.items()}
-
-
 def main() -> None:
     parser = parser_for(__doc__, choices=TASKS, nargs="+", default=["digits", "sst2"])
     arguments = parser.parse_args()
-    fill(arguments.out or OUT, chosen(jobs(arguments.task, arguments.shared), arguments.only), arguments.shared)
+    fill(arguments.out or TRIED, chosen(jobs(arguments.task, arguments.shared), arguments.only), arguments.shared)
 
 
 if __name__ == "__main__":

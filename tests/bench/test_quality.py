@@ -162,6 +162,16 @@ def test_a_file_that_is_larger_than_the_budget_is_a_peers_only(bench):
     assert bench.found.shown("BitDelta") == "dtrain's preset of BitDelta"
 
 
+def test_a_task_of_ones_own_is_found_by_module_and_function(bench, tmp_path, monkeypatch):
+    (tmp_path / "my_tasks.py").write_text("def pair(shared, seed, held_out, batch):\n    return (shared, seed)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    find = sys.modules["bench.tasks"].task
+    assert find("my_tasks:pair", ROOT, 3) == (ROOT, 3)
+    for name in ("my_tasks:nothing", "nowhere:pair", "sst3"):
+        with pytest.raises(dtrain.InputError, match=f"no task '{name}'.*sst2"):
+            find(name, ROOT, 0)
+
+
 def test_an_interval_is_students(bench):
     assert bench.tables.interval([0.1, 0.2, 0.3]) == "+0.200 ± 0.248 (n = 3)"
     assert bench.tables.interval([0.1]) == "+0.100 (one seed)"
