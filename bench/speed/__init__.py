@@ -2,7 +2,7 @@
 
     python -m bench.speed                                   # measure what is missing, then draw docs/results/speed.png
     python -m bench.speed --sizes 20M --only write          # some of it
-    python -m bench.speed --again                           # all of it anew: on a quiet machine, an hour on one core
+    python -m bench.speed --again                           # all of it anew, on a quiet machine with 16 GB free
     python -m bench.speed --table                           # measure nothing, print the Markdown
 
 The tools beside dtrain are installed into a folder of their own, which only the measuring processes see:

@@ -12,8 +12,11 @@ from bench.speed.tables import COPY, STEPS, Found, cells, floor_step, rate
 
 OUT = Path("docs/results/speed.png")
 PANELS = {"write": "compress and save", "read": "load and rebuild", "swap": "apply", "memory": "peak memory of writing"}
-LINES = {"floor": ":", "dtrain": "-", "peer": "--"}
-Curves = dict[str, dict[int, float]]
+STYLES = {
+    "floor": {"linestyle": ":", "marker": "^"},
+    "dtrain": {"linestyle": "-", "marker": "o", "linewidth": 2.5},
+    "peer": {"linestyle": "--", "marker": "s", "markerfacecolor": "none"},
+}
 
 
 def draw(out: Path = OUT) -> None:
@@ -24,14 +27,15 @@ def draw(out: Path = OUT) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(19, 5), layout="constrained")
-    kinds, found = {}, cells()
+    colours, found = {}, cells()
     for axis, (panel, title) in zip(axes, PANELS.items(), strict=True):
         for name, kind, values in curves(found, panel):
-            kinds.setdefault(name, (kind, f"C{len(kinds) % 10}"))
-            axis.plot(
-                *zip(*sorted(values.items()), strict=True), LINES[kind], color=kinds[name][1], marker="o", label=name
-            )
+            colours.setdefault(name, f"C{len(colours) % 10}")
+            x, y = list(values), list(values.values())
+            axis.plot(x, y, color=colours[name], label=name, **STYLES[kind])
         axis.set(xscale="log", yscale="log", xlabel="parameters", title=title)
+        axis.set_xticks([parameters(size) for size in SIZES], labels=list(SIZES), minor=False)
+        axis.set_xticks([], minor=True)
         axis.set_ylabel("of the checkpoint's size" if panel == "memory" else "MB/s of the checkpoint")
         axis.grid(alpha=0.3)
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
