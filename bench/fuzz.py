@@ -181,7 +181,8 @@ def _digests(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
 
 
 def _named(name: str) -> bool:
-    return name.replace(".", "").replace("_", "").isidentifier() and not name.startswith(".") and ".." not in name
+    """Return whether a module can have a tensor of this name: every part is a word, and none is one of its methods."""
+    return all(part.isidentifier() and not hasattr(torch.nn.Module, part) for part in name.split("."))
 
 
 def _second_opinion(content: Content, base: Weights, state: dict[str, torch.Tensor]) -> None:

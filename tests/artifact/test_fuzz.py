@@ -36,6 +36,13 @@ def test_the_seeds_are_files_that_load(tmp_path):
     assert not found.kinds.get("load")
 
 
+@pytest.mark.parametrize("index", [36957, 112142, 129529, 398362, 1860667])
+def test_what_only_the_fuzzer_found_wrong(index):
+    """A tensor called `bfloat16.w`, which no module can have; a NaN of other bits than the reference decoder's."""
+    rng = mutations.seeded(3, index)
+    fuzz.run(*mutations.case(rng)[1:], rng, fuzz.Tally(fuzz.FOLDER / "no such file"))
+
+
 def test_a_run_finds_nothing_and_most_inputs_get_past_the_checksums(tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz, "SECONDS", 60.0)
     found = tally(tmp_path)
