@@ -174,7 +174,9 @@ def operation(found: Found, what: str) -> str:
     """Return MB/s and ratio to a memory copy, by contender and pair of models."""
     columns = {pair: these[what]["found"] for pair, these in found.items() if what in these}
     names = dict.fromkeys(name for rows in columns.values() for name in rows)
-    header = ["", *[f"{size} {dtype}" for dtype, size in columns], "file, share of the checkpoint", "lossless"]
+    rounds = {pair: found[pair][what]["settings"]["rounds"] for pair in columns}
+    models = [f"{size} {dtype}, rounds: {rounds[dtype, size]}" for dtype, size in columns]
+    header = ["", *models, "file, share of the checkpoint", "lossless"]
     lines: list[list[str]] = []
     for name in names:
         line = [name, *(speed(r[name], r[COPY], STEPS[what]) if name in r else "-" for r in columns.values())]
