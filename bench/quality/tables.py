@@ -25,6 +25,7 @@ NOT_TASKS = ("adamr", "rates")
 #: Quantiles of Student's t for two-sided 95 %, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 PEERS = ("peer", "stand-in")
+LOSSLESS = ("Lossless", "zipnn on the xor", "zipnn", "zstd on the xor", "zstd")
 
 
 def load(folder: Path = RESULTS) -> list[Found]:
@@ -53,14 +54,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 
 def scores(cells: dict[int, Cell]) -> str:
-    return figure([cell["score"] for cell in cells.values()])
+    """Return mean and deviation over the seeds, and how many there are where it is one or two."""
+    shown = figure([cell["score"] for cell in cells.values()])
+    return shown if len(cells) > 2 else f"{shown} ({len(cells)} seed{'s' * (len(cells) > 1)})"
 
 
 def named(found: Found, budget: float, label: str | None, count: int) -> str:
     """Return an entry's score and name, and out of how many it was the best."""
     if label is None:
-        return "nothing fits"
-    return f"{scores(found.at(budget, label))} {shown(label)} (best of {count})"
+        return "-"
+    return f"{scores(found.at(budget, label))} {shown(label)}, best of {count}"
 
 
 def headline(found: Found) -> str:
@@ -68,17 +71,17 @@ def headline(found: Found) -> str:
     rows: list[list[str]] = []
     for budget in BUDGETS:
         chosen = found.at(budget, CHOSEN)
-        rival, rivals = found.best(budget, PEERS)
-        ours, count = found.best(budget, ("dtrain",))
+        rival, _ = found.best(budget, PEERS)
         differences = paired(chosen, found.at(budget, rival)) if rival else []
         rows.append(
             [
                 f"{budget:g} ({allowed(found, budget)})",
                 ahead(differences, bool(chosen), rival is not None),
-                named(found, budget, rival, rivals),
+                named(found, budget, *found.best(budget, ("peer",))),
+                named(found, budget, *found.best(budget, ("stand-in",))),
                 scores(chosen) if chosen else "does not fit" if found.refused(budget, CHOSEN) else "-",
                 interval(differences) if differences else "-",
-                named(found, budget, ours, count),
+                named(found, budget, *found.best(budget, ("dtrain",))),
                 kept(found, chosen, "base"),
                 kept(found, chosen, "linear probe"),
             ]
@@ -86,14 +89,15 @@ def headline(found: Found) -> str:
     header = (
         "bit/param (bytes)",
         "ahead",
-        "best peer",
+        "best package, adapter or floor",
+        "best stand-in",
         f"`{CHOSEN}`, chosen in advance",
-        "difference, 95 %",
+        "less the better of both, 95 %",
         "best of dtrain's own",
         "gain kept by the chosen, over base",
         "over probe",
     )
-    return table(header, rows, left=3)
+    return table(header, rows, left=2)
 
 
 def ahead(differences: Sequence[float], ours: bool, theirs: bool) -> str:
@@ -145,7 +149,26 @@ def losses(all_found: Sequence[Found]) -> str:
                 where = f"{best}, the best of {count} peers, is ahead of {scores(chosen)}"
                 lost.append((fmean(differences), f"* {name}: {where}: {interval(differences)}."))
     count = f"At {len(lost)} of {compared} pairs of task and budget a peer is ahead of `{CHOSEN}`."
-    return "\n".join([count, "", *(line for _, line in sorted(lost))]) + "\n"
+    return "\n".join([count, "", *(line for _, line in sorted(lost)), *lost_bits(all_found)]) + "\n"
+
+
+def lost_bits(all_found: Sequence[Found]) -> list[str]:
+    """Return a sentence for every task where a lossless peer writes fewer bytes."""
+    lines: list[str] = []
+    for found in all_found:
+        sizes = {label: lossless_share(found, label) for label in LOSSLESS}
+        known = {label: size for label, size in sizes.items() if size is not None}
+        least = min(known, key=known.__getitem__, default=LOSSLESS[0])
+        if least != LOSSLESS[0] and LOSSLESS[0] in known:
+            both = f"{known[least]:.1%} of the checkpoint, `Lossless` {known[LOSSLESS[0]]:.1%}"
+            lines.append(f"* {found.name}, bit for bit: {least} takes {both}.")
+    return lines
+
+
+def lossless_share(found: Found, label: str) -> float | None:
+    """Return the bytes of a lossless file as a share of the float32 checkpoint; None where it was not measured."""
+    cells = found.scored.get(("own", label), {}).values()
+    return fmean(cell["bits_per_parameter"] for cell in cells) / 32 if cells else None
 
 
 def everything(found: Found) -> str:
@@ -187,16 +210,11 @@ def refusals(found: Found) -> str:
 
 def lossless(all_found: Sequence[Found]) -> str:
     """Return the bytes of what comes back bit for bit, in shares of the checkpoint."""
-    labels = ("Lossless", "zipnn on the xor", "zipnn", "zstd on the xor", "zstd")
     rows: list[list[str]] = []
     for found in all_found:
-        row: list[str] = []
-        for label in labels:
-            cells = found.scored.get(("own", label), {}).values()
-            row.append(f"{fmean(cell['bits_per_parameter'] for cell in cells) / 32:.1%}" if cells else "-")
-        rows.append([found.name, *row])
-    header = ("task", "dtrain `Lossless`", *labels[1:])
-    return table(header, rows)
+        sizes = (lossless_share(found, label) for label in LOSSLESS)
+        rows.append([found.name, *("-" if size is None else f"{size:.1%}" for size in sizes)])
+    return table(("task", "dtrain `Lossless`", *LOSSLESS[1:]), rows)
 
 
 def missing(found: Found) -> tuple[int, int]:
