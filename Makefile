@@ -13,7 +13,7 @@ demo: $(VENV)/.recipes  ## Install, then fine-tune and compress a small ViT on h
 	$(BIN)/python recipes/vit_cifar.py --preset offline
 
 sweep-offline: $(VENV)/.recipes runs/vit_cifar/checkpoints/last.ckpt  ## Fine-tune once, then compress it in a few trials of a W&B sweep (no account)
-	$(BIN)/python recipes/sweep_offline.py recipes/sweeps/compress.yaml --trials 4
+	$(BIN)/python recipes/sweep_offline.py recipes/sweeps/compress.yaml --trials 8
 
 runs/vit_cifar/checkpoints/last.ckpt: | $(VENV)/.recipes
 	$(BIN)/python recipes/vit_cifar.py --preset offline --compare false

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +30,7 @@ import dtrain
 from dtrain.callbacks.weights_and_biases import check_installed
 from dtrain.progress import progress
 from parts.offline_runs import summary
+from parts.presets import read_config
 from parts.recipe import run
 
 FOLDER = Path("runs/sweeps")
@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     given, rest = parser.parse_known_args()
+    if given.trials < 1:
+        raise dtrain.InputError(f"--trials is {given.trials}, expected 1 or more.")
     check_installed()
     sweep, folder = read_sweep(given.sweep), FOLDER / given.sweep.stem
     rng = random.Random(given.seed)  # noqa: S311 - no secret is drawn
@@ -83,9 +85,9 @@ def read_sweep(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise dtrain.InputError(f"there is no sweep file {path}. Give recipes/sweeps/compress.yaml or train.yaml.")
-    sweep = yaml.safe_load(path.read_text())
+    sweep = read_config(path)
     if missing := [key for key in ("program", "metric", "parameters", "command") if key not in sweep]:
-        raise dtrain.InputError(f"{path} has no {', '.join(missing)}; it has {', '.join(sweep)}.")
+        raise dtrain.InputError(f"{path} has no {', '.join(missing)}; it has {', '.join(sweep) or 'nothing'}.")
     return sweep
 
 

@@ -6,8 +6,9 @@ import hashlib
 import json
 import re
 import struct
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
@@ -105,16 +106,27 @@ def _read_rest(file: BinaryIO, raw: bytearray, total: int) -> bytes:
     A thread hashes each piece while the next one is read, and no more than that is held twice.
     """
     end = total - _DIGEST
-    sha = hashlib.sha256(raw[:end])
-    with ThreadPoolExecutor(1) as thread:
-        hashed = None
-        while len(raw) < end and (more := file.read(min(_PIECE, end - len(raw)))):
-            raw += more
-            if hashed:
-                hashed.result()
-            hashed = thread.submit(sha.update, more)
+    sha, thread = hashlib.sha256(raw[:end]), None
+    while len(raw) < end and (more := file.read(min(_PIECE, end - len(raw)))):
+        raw += more
+        if thread:
+            thread.join()
+        thread = _start(sha.update, more)
+    if thread:
+        thread.join()
     raw += file.read(_DIGEST + 1)  # one byte more than there should be, if there is one
     return sha.digest()
+
+
+def _start(work: Callable[[bytes], None], piece: bytes) -> Thread | None:
+    """Begin the work in a thread. Where there can be none, at exit or under a limit, it is done before returning."""
+    thread = Thread(target=work, args=(piece,))
+    try:
+        thread.start()
+    except RuntimeError:
+        work(piece)
+        return None
+    return thread
 
 
 def _unpack(raw: bytearray, header: _Header, digest: bytes, path: object) -> Content:

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse.typing import NonNegativeInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
@@ -47,7 +48,7 @@ class ImagePairs(L.LightningDataModule):
         pairs: int = 8192,
         batch_size: int = 64,
         image_size: int = 8,
-        calibration: int = 128,
+        calibration: NonNegativeInt = 128,
         augment: bool = True,
         workers: int = 0,
         seed: int = 0,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from jsonargparse.typing import NonNegativeInt
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
@@ -46,7 +47,7 @@ class Images(L.LightningDataModule):
         batch_size: int = 64,
         image_size: int = 0,
         train_limit: int = 0,
-        calibration: int = 128,
+        calibration: NonNegativeInt = 128,
         augment: bool = True,
         seed: int = 0,
         mean: Sequence[float] = CIFAR_MEAN,
@@ -128,7 +129,7 @@ class Images(L.LightningDataModule):
 
 
 class Shuffled(Sampler[int]):
-    """A permutation drawn from seed and epoch; Lightning calls `set_epoch`, also after a resume."""
+    """A permutation drawn from seed and epoch; `parts.training.OrderOfEpoch` says which one it is."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed, self.epoch = size, seed, 0

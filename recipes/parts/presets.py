@@ -25,11 +25,13 @@ def choose_preset(argv: Sequence[str], hub: Mapping[str, Any]) -> tuple[str, str
     parser.add_argument("--preset", choices=("auto", "hub", "offline"))
     given = parser.parse_known_args(argv)[0].preset
     asked = given or next((config["preset"] for config in reversed(configs(argv)) if "preset" in config), "auto")
+    if asked not in ("auto", "hub", "offline"):
+        raise dtrain.InputError(f"there is no preset {asked!r}. Give auto, hub or offline.")
     if asked != "auto":
         return asked, "as asked"
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         return "offline", "no accelerator; ask for the real thing with --preset hub"
-    files = [on_line(argv, name) or value for name, value in hub.items() if str(value).startswith("./")]
+    files = [value for name, value in hub.items() if str(value).startswith("./") and not is_given(argv, name)]
     if missing := [file for file in files if not Path(file).exists()]:
         return "offline", f"there is no {missing[0]}; ask for the real thing with --preset hub"
     if not hub_answers():
@@ -42,6 +44,13 @@ def on_line(argv: Sequence[str], argument: str) -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{argument}")
     return vars(parser.parse_known_args(argv)[0])[argument]
+
+
+def is_given(argv: Sequence[str], argument: str) -> bool:
+    """Return whether a command line, or a `--config` file on it, has something of its own for `argument`."""
+    group, _, name = argument.partition(".")
+    written = [name in (config.get(group) or {}) or argument in config for config in configs(argv)]
+    return on_line(argv, argument) is not None or any(written)
 
 
 def named_class(argv: Sequence[str], argument: str) -> str | None:

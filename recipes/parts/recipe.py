@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import lightning as L
 import torch
@@ -30,8 +31,10 @@ class LogConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(self.folder / self.config_filename), skip_none=False, overwrite=True)
+        if self.config.evaluate is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = self.config_filename if self.config.compress_only is None else "compress_only.yaml"
+            self.parser.save(self.config, str(self.folder / name), skip_none=False, overwrite=True, multifile=False)
         flat = {name: plain(value) for name, value in vars(self.config.as_flat()).items() if name != "config"}
         for logger in trainer.loggers:
             logger.log_hyperparams(flat)
@@ -125,9 +128,11 @@ class RecipeCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Say now, and in a sentence, that W&B is missing: the parser would list all that a logger may be."""
+        """Say now, and in a sentence, what would come late or as a list of all that a logger may be."""
         if "WandbLogger" in str(self.config.trainer.logger):
             check_installed()
+        for argument in ("ckpt_path", "compress_only"):
+            check_checkpoint(f"--{argument}", self.config[argument])
 
     def train(self) -> DeltaCompressionCallback | None:
         """Fine-tune, or resume, and compress; with `--compress_only` only that; with `--evaluate` only score weights.
@@ -169,6 +174,16 @@ def open_recipe(
 ) -> RecipeCLI:
     """Read the command line and make model, data and trainer; see `RecipeCLI` for the arguments."""
     return RecipeCLI(model, data, presets, monitor, links or {})
+
+
+def check_checkpoint(argument: str, path: str | None) -> None:
+    """Raise an InputError if the file is not there, or is no checkpoint though its name says so."""
+    if path is None or path in ("last", "best"):  # Lightning finds these two
+        return
+    if not Path(path).exists():
+        raise dtrain.InputError(f"{argument}: there is no {path}. Give a checkpoint in the folder of a run.")
+    if Path(path).suffix == ".ckpt" and not is_zipfile(path):
+        raise dtrain.InputError(f"{argument}: {path} is no checkpoint, or only a part of one. Give an earlier one.")
 
 
 @torch.no_grad()

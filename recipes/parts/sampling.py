@@ -12,7 +12,7 @@ GOLDEN = (5**0.5 - 1) / 2
 class SimilarLengths(Sampler[int]):
     """A shuffled order in which batches have examples of similar lengths.
 
-    It follows from seed and epoch; Lightning calls `set_epoch`, also after a resume. What does not fill a batch is left
+    It follows from seed and epoch, which `parts.training.OrderOfEpoch` tells. What does not fill a batch is left
     out, and is another part every epoch.
 
     Args:
@@ -40,7 +40,7 @@ class SimilarLengths(Sampler[int]):
 
 
 def representative(lengths: Sequence[int], batch_size: int) -> list[int]:
-    """Return a fixed order of all examples: batches have similar lengths, and the first few stand for all of them."""
+    """Return a fixed order of all examples: batches have similar lengths, the first few of all lengths."""
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
     count = len(order) // batch_size
     near = sorted(order[: count * batch_size], key=lengths.__getitem__)
@@ -50,5 +50,5 @@ def representative(lengths: Sequence[int], batch_size: int) -> list[int]:
 
 
 def in_two(rows: int, batch_size: int) -> int:
-    """Return a batch size of which there are two batches: scales are learnt from one, the other says when to stop."""
+    """Return a batch size of which there are two batches: one to learn scales from, one that says when to stop."""
     return max(1, min(batch_size, -(-rows // 2)))

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse.typing import NonNegativeInt
 from torch.utils.data import DataLoader
 
 from dtrain.errors import InputError
@@ -38,7 +39,7 @@ class TextData(L.LightningDataModule):
         task: str | None = None,
         revision: str = "main",
         batch_size: int = 32,
-        calibration: int = 256,
+        calibration: NonNegativeInt = 256,
         train_limit: int = 0,
         seed: int = 0,
     ) -> None:

@@ -91,6 +91,27 @@ def test_missing_files_are_refused(tmp_path):
             dtrain.load(path)
 
 
+@pytest.mark.parametrize("threads", [True, False])
+def test_a_file_of_many_pieces(tmp_path, monkeypatch, threads):
+    """The pieces are hashed in a thread, where there may be one: not at the interpreter's exit."""
+    base = {"w": torch.zeros(1 << 20)}
+    path = tmp_path / "delta"
+    written = dtrain.compress(base, {"w": torch.randn(1 << 20)}, Lossless())
+    assert written.save(path) > 3 << 20
+    if not threads:
+
+        def refuse(_):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr("threading.Thread.start", refuse)
+    assert torch.equal(dtrain.load(path).state_dict(base)["w"], written.state_dict(base)["w"])
+    content = bytearray(path.read_bytes())
+    for broken in (content[:-1], content + b"x", content[: 2 << 20], content[:-500] + b"x" + content[-499:]):
+        path.write_bytes(broken)
+        with pytest.raises(ArtifactError, match=r"size|checksum"):
+            dtrain.load(path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_several_payloads_add_up_in_their_order(dtype):
     """No method writes them yet, but a file may hold them: W0 + s1 d1, rounded, + s2 d2, rounded, ..."""

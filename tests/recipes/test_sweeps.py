@@ -256,6 +256,8 @@ def test_nobody_logged_in(place, monkeypatch):
     ("lines", "sentence"),
     [
         (None, "there is no sweep file"),
+        ("a: [1", "is no YAML"),
+        ("# nothing", "has no program, metric, parameters, command; it has nothing"),
         ({"program": "x"}, "has no metric, parameters, command; it has program"),
         ({"parameters": {"keep": {"distribution": "normal", "mu": 0}}}, "no draws from 'normal'"),
     ],
@@ -263,7 +265,8 @@ def test_nobody_logged_in(place, monkeypatch):
 def test_sweep_files_that_cannot_be_run_here(place, monkeypatch, lines, sentence):
     path = place / "sweep.yaml"
     if lines is not None:
-        path.write_text(yaml.safe_dump(lines if "program" in lines else {**SWEEPS["compress"], **lines}))
+        whole = lines if isinstance(lines, str) or "program" in lines else {**SWEEPS["compress"], **lines}
+        path.write_text(whole if isinstance(whole, str) else yaml.safe_dump(whole))
     with pytest.raises(SystemExit, match=sentence):
         run_script(monkeypatch, "recipes/sweep_offline.py", str(path))
 

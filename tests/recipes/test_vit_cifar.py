@@ -127,6 +127,10 @@ def test_wandb_offline_keeps_the_summary(recipe, tmp_path, monkeypatch):
         (("--model.pretrained", "no_such_model_anywhere"), "no_such_model_anywhere"),
         (("--data.classes", "[0, 77]"), r"names \[77\]"),
         (("--method.keep", "2"), r"must be in \[2\*\*-24, 1\]"),
+        (("--trainer.max_steps=-1", "--trainer.max_epochs=-1"), "follows the length of the run. Give --trainer.max_st"),
+        (("--ckpt_path", "none.ckpt"), "--ckpt_path: there is no none.ckpt"),
+        (("--compress_only", "none.ckpt"), "--compress_only: there is no none.ckpt"),
+        (("--compress_only", str(ROOT / "README.md")), "README.md"),
     ],
 )
 def test_bad_input_gets_a_sentence(recipe, tmp_path, arguments, sentence):
@@ -140,6 +144,60 @@ def test_broken_config_file_gets_a_sentence(recipe, tmp_path, text, says):
     (tmp_path / "broken.yaml").write_text(text)
     with pytest.raises(SystemExit, match=rf"vit_cifar: .*broken\.yaml {says}"):
         recipe("--config", str(tmp_path / "broken.yaml"))
+
+
+def test_unknown_preset_of_a_config_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from parts.presets import choose_preset
+
+    (tmp_path / "x.yaml").write_text("preset: bogus")
+    with pytest.raises(dtrain.InputError, match=r"no preset 'bogus'\. Give auto, hub or offline"):
+        choose_preset(["--config", str(tmp_path / "x.yaml")], {})
+
+
+@pytest.mark.parametrize("text", ["data: {tokenizer: mine}", "data.tokenizer: mine"])
+def test_what_a_config_file_has_need_not_be_there_for_the_hub(tmp_path, monkeypatch, text):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from parts import presets
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(presets, "hub_answers", lambda: True)
+    (tmp_path / "x.yaml").write_text(text)
+    hub = {"data.tokenizer": "./no_such.spm"}
+    assert presets.choose_preset(["--config", str(tmp_path / "x.yaml")], hub)[0] == "hub"
+    assert presets.choose_preset(["--data.tokenizer=mine"], hub)[0] == "hub"
+    assert presets.choose_preset([], hub)[1].startswith("there is no ./no_such.spm; ask for the real thing")
+
+
+def test_a_broken_checkpoint_gets_a_sentence(recipe, tmp_path):
+    (tmp_path / "broken.ckpt").write_bytes(b"PK and no more")
+    with pytest.raises(SystemExit, match=r"--ckpt_path: .*broken\.ckpt is no checkpoint"):
+        recipe("--ckpt_path", str(tmp_path / "broken.ckpt"))
+
+
+def test_a_finished_run_may_go_on_for_longer(recipe, tmp_path):
+    common = ("--compare=false", "--trainer.logger=false")
+    recipe(*common)
+    last = tmp_path / "runs/vit_cifar/checkpoints/last.ckpt"
+    recipe(*common, "--trainer.max_steps=16", "--ckpt_path", str(last))
+    found = torch.load(last, weights_only=True)
+    assert (found["global_step"], found["lr_schedulers"][0]["total_steps"]) == (16, 16)
+
+
+def test_the_config_that_is_kept_is_one_file_and_the_run_s_own(recipe, tmp_path):
+    for part, value in (("data", "batch_size: 24"), ("trainer", "max_steps: 8")):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "x.yaml").write_text(f"{value}  # mine\n")
+    common = ("--data", "data/x.yaml", "--trainer", "trainer/x.yaml", "--trainer.logger=false", "--compare=false")
+    recipe(*common, "--trainer.val_check_interval=00:00:10:00", "--trainer.max_steps=8", "--data.batch_size=24")
+    folder = tmp_path / "runs/vit_cifar"
+    kept = (folder / "config.yaml").read_text()
+    assert (yaml.safe_load(kept)["data"]["batch_size"], yaml.safe_load(kept)["trainer"]["max_steps"]) == (24, 8)
+    assert (tmp_path / "data/x.yaml").read_text() == "batch_size: 24  # mine\n"
+    assert not list(folder.rglob("x.yaml"))
+    recipe("--trainer.logger=false", "--compress_only", str(folder / "checkpoints/last.ckpt"), "--method=Dare")
+    assert (folder / "config.yaml").read_text() == kept
+    assert yaml.safe_load((folder / "compress_only.yaml").read_text())["method"]["class_path"] == "dtrain.Dare"
 
 
 def test_unknown_method_is_refused_by_the_parser(recipe, capsys):
