@@ -19,7 +19,8 @@ from tests.methods.settings import raw
 
 BASES = {name: tensors(state) for name, state in json.loads((GOLDEN / "bases.json").read_text()).items()}
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
-#: Their bytes follow from seeds and rounding alone; those of the others from linear algebra or from inputs as well.
+#: Their bytes follow from seeds and rounding alone; those of the others from linear algebra or from inputs as well, and
+#: those of `lossless` from the level of Zstandard, which was 9 when its golden file was written, and from its version.
 SAME_BYTES = (
     "dare",
     "structured",
@@ -30,7 +31,6 @@ SAME_BYTES = (
     "ecsq",
     "seededsign",
     "dbms",
-    "lossless",
 )
 
 
