@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo sweep-offline test lint fuzz clean
+.PHONY: demo sweep-offline test lint fuzz bench bench-check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -28,6 +28,14 @@ lint: $(VENV)/.dev  ## Install, then run ruff and pyright
 
 fuzz: $(VENV)/.dev  ## Throw damaged files at load, inspect and apply; SECONDS=60 says for how long
 	$(BIN)/python -m bench.fuzz --seconds $(or $(SECONDS),60)
+
+bench: $(VENV)/.recipes  ## Measure what bench/results/ lacks, cell by cell (days; stop and go on at will), and write RESULTS.md
+	$(BIN)/python -m bench.quality
+	$(BIN)/python -m bench.speed
+	$(BIN)/python -m bench.report
+
+bench-check: $(VENV)/.recipes  ## Measure a sample of bench/results/ again and compare (up to an hour)
+	$(BIN)/python -m bench.check
 
 clean:  ## Remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs

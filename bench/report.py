@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bench.speed.tables
+from bench.cells import Cell
 from bench.quality import adamr, pareto, tables
 from bench.quality.budgets import BUDGETS
 from bench.quality.entries import CHOSEN
@@ -96,17 +97,27 @@ def details(task: Found) -> str:
 
 
 def short(found: Sequence[Found]) -> str:
-    """Return the README's table: a row per task, and what the best peer of the same bytes has below."""
+    """Return the README's table: two rows per task, scores and how far they are from the best peer's, seed by seed."""
     rows: list[list[str]] = []
     for task in found:
-        ours, theirs = [f"{task.name}, dtrain"], ["best peer"]
+        ours, distance = [f"{task.name}, dtrain"], ["less the best peer"]
         for budget in BUDGETS:
             rival, _ = task.best(budget, tables.PEERS)
             chosen = task.at(budget, CHOSEN)
-            ours.append(tables.scores(chosen) if chosen else "-")
-            theirs.append(f"{tables.scores(task.at(budget, rival))} {shown(rival)}" if rival else "-")
-        rows += [ours, theirs]
+            ours.append(tables.scores(chosen) if chosen else "nothing fits")
+            distance.append(less(task, budget, chosen, rival))
+        rows += [ours, distance]
     return tables.table(("bit of file per parameter", *(f"{budget:g}" for budget in BUDGETS)), rows)
+
+
+def less(task: Found, budget: float, chosen: dict[int, Cell], rival: str | None) -> str:
+    """Return the paired difference to a peer and its name, or its score where there is no difference."""
+    if rival is None:
+        return "nothing fits"
+    others = task.at(budget, rival)
+    if pairs := tables.paired(chosen, others):
+        return f"{tables.interval(pairs)}, {shown(rival)}"
+    return f"{tables.scores(others)}, {shown(rival)}"
 
 
 def replaced(text: str, block: str) -> str:
