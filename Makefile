@@ -29,12 +29,12 @@ lint: $(VENV)/.dev  ## Install, then run ruff and pyright
 fuzz: $(VENV)/.dev  ## Throw damaged files at load, inspect and apply; SECONDS=60 says for how long
 	$(BIN)/python -m bench.fuzz --seconds $(or $(SECONDS),60)
 
-bench: $(VENV)/.recipes  ## Measure what bench/results/ lacks, cell by cell (days; stop and go on at will), and write RESULTS.md
+bench: $(VENV)/.peers  ## Measure what bench/results/ lacks, cell by cell (days; stop and go on at will), and write RESULTS.md
 	$(BIN)/python -m bench.quality
 	$(BIN)/python -m bench.speed
 	$(BIN)/python -m bench.report
 
-bench-check: $(VENV)/.recipes  ## Measure a sample of bench/results/ again and compare (up to an hour)
+bench-check: $(VENV)/.peers  ## Measure a sample of bench/results/ again and compare (up to an hour)
 	$(BIN)/python -m bench.check
 
 clean:  ## Remove the environment and everything that was built
@@ -47,6 +47,10 @@ $(BIN)/python:
 $(VENV)/.recipes: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[recipes]'
 	touch $@
+
+$(VENV)/.peers: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[recipes,peers]'
+	touch $(VENV)/.recipes $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
