@@ -19,6 +19,7 @@ The base of `dtrain apply` is `checkpoints/dtrain-base-*.safetensors` in the fol
 that it has with a head. To ship for a folder of the Hub that has these names, as RoBERTa's, give it as --compress.base.
 """
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -163,7 +164,7 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
         score=score,
         probe=probe,
         inputs=[inputs for inputs, _ in held],
-        title=f"{data.dataset}, {task.name}: {len(truth)} texts",
+        title=f"{Path(data.dataset).name}, {task.name}: {len(truth)} texts",
         metric=task.metrics[0],
     )
 

@@ -23,6 +23,7 @@ base. The two tables of relative positions are compressed likewise.
 
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -188,7 +189,7 @@ def picture(cli: RecipeCLI, callback: DeltaCompressionCallback) -> None:
         score=score,
         probe=probe,
         inputs=[t5.forward_arguments(network, batch, module.labels) for batch in inputs],
-        title=f"{data.dataset}, {task.name}: {len(truth)} texts, labels ranked",
+        title=f"{Path(data.dataset).name}, {task.name}: {len(truth)} texts, labels ranked",
         metric=task.metrics[0],
         keeps=KEEPS,
     )
