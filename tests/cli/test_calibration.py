@@ -334,7 +334,7 @@ REFUSALS = {
     "no fit at all": (lambda: None, ["t.txt", "--fit.steps", "3"], 2, "--fit NAME is missing"),
     "no steps": (lambda: None, ["t.txt", "--fit=Learn", "--fit.steps=x"], 2, "--fit.steps cannot be 'x'", "--fit.help"),
     "steps=0": (lambda: None, ["t.txt", "--fit=Learn", "--fit.steps=0"], 2, "`steps` must be at least 1"),
-    "one batch": (lambda: None, ["t.txt", "--fit=Learn"], 1, "two or more"),
+    "one batch": (lambda: None, ["t.txt", "--fit=Learn"], 1, "got one. Give smaller batches or more"),
 }
 
 
