@@ -34,7 +34,8 @@ def sample(results: Path, shared: Path, seed: int, each: int) -> Iterator[tuple[
     for name, at in draw.sample(groups, len(groups)):
         cells = read_results(results / f"{name}.json")["cells"]
         known = {job.key: job for job in jobs((name,), (at,), shared)}
-        keys = sorted(key for key in known if cells.get(key, {}).get("settings") == known[key].settings)
+        scored = (key for key in known if "score" in cells.get(key, {}))
+        keys = sorted(key for key in scored if cells[key]["settings"] == known[key].settings)
         for key in draw.sample(keys, min(each, len(keys))):
             yield known[key], cells[key]
 

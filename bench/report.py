@@ -42,7 +42,7 @@ file fits; a peer without a knob is admitted where its file exceeds the budget b
   published method, **dtrain's preset of it** stands in, in dtrain's own file: its bytes are fewer than its authors'.
 * Each adapter has one learning rate for vision and one for text, of five the one with the least loss on training
   batches (`bench.quality.rates`; what was not tried takes the rate of LoRA on attention). More steps, or a search at
-  every rank, might lift them.
+  every rank, might lift them. One that ends below the linear probe has not been given the rate that it needs.
 * Fits see 128 unlabelled training inputs. The validation split is only scored. No seed is selected.
 * Differences are paired over the seeds (fine-tune, mask and adapter alike), with a 95 % interval of Student's t. With
   n = 3 that is 2.5 standard deviations either way, and says little but whether a difference is larger than the seeds'.

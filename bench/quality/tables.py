@@ -38,8 +38,19 @@ def interval(values: Sequence[float], digits: int = 3) -> str:
     """Return the mean of paired differences and half the width of its 95 % confidence interval."""
     if len(values) < 2:
         return f"{fmean(values):+.{digits}f} (one seed)"
-    half = STUDENT[len(values) - 1] * stdev(values) / math.sqrt(len(values))
-    return f"{fmean(values):+.{digits}f} ± {half:.{digits}f} (n = {len(values)})"
+    return f"{fmean(values):+.{digits}f} ± {half_width(values):.{digits}f} (n = {len(values)})"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Return half the width of the 95 % confidence interval of a mean; infinity for one value."""
+    if len(values) < 2:
+        return math.inf
+    return STUDENT[len(values) - 1] * stdev(values) / math.sqrt(len(values))
+
+
+def decided(values: Sequence[float]) -> bool:
+    """Return whether the interval leaves out zero."""
+    return abs(fmean(values)) > half_width(values)
 
 
 def paired(these: dict[int, Cell], others: dict[int, Cell]) -> list[float]:
@@ -105,7 +116,8 @@ def ahead(differences: Sequence[float], ours: bool, theirs: bool) -> str:
     if not differences:
         return "**peer**" if theirs else "dtrain" if ours else "nobody"
     mean = fmean(differences)
-    return "**peer**" if mean < 0 else "dtrain" if mean > 0 else "tie"
+    name = "**peer**" if mean < 0 else "dtrain" if mean > 0 else "tie"
+    return name if decided(differences) else f"{name}, undecided"
 
 
 def allowed(found: Found, budget: float) -> str:
@@ -132,7 +144,7 @@ def references(found: Found) -> str:
 def losses(all_found: Sequence[Found]) -> str:
     """Return where a peer is ahead of the entry that was chosen in advance, the greatest distance first."""
     lost: list[tuple[float, str]] = []
-    compared = 0
+    compared = clear = 0
     for found in all_found:
         for budget in BUDGETS:
             rival, count = found.best(budget, PEERS)
@@ -144,11 +156,16 @@ def losses(all_found: Sequence[Found]) -> str:
             compared += bool(differences) or refused
             name, best = f"{found.name} at {budget:g} bit/param", f"{shown(rival)} ({scores(found.at(budget, rival))})"
             if refused:
+                clear += 1
                 lost.append((-1.0, f"* {name}: no file of ours fits; {best} does."))
             elif differences and fmean(differences) < 0:
                 where = f"{best}, the best of {count} peers, is ahead of {scores(chosen)}"
+                clear += decided(differences)
                 lost.append((fmean(differences), f"* {name}: {where}: {interval(differences)}."))
-    count = f"At {len(lost)} of {compared} pairs of task and budget a peer is ahead of `{CHOSEN}`."
+    count = (
+        f"At {len(lost)} of {compared} pairs of task and budget a peer or stand-in is ahead of `{CHOSEN}`, at {clear} "
+        "of them because no file of ours fits, or by more than the interval."
+    )
     return "\n".join([count, "", *(line for _, line in sorted(lost)), *lost_bits(all_found)]) + "\n"
 
 

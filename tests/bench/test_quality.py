@@ -146,6 +146,7 @@ def test_where_a_peer_wins_is_told_first_and_out_of_how_many(bench):
     assert found.best(0.03, bench.tables.PEERS) == (None, 0)
     told = bench.tables.losses([found])
     assert told.startswith("At 1 of 1 pairs")
+    assert "at 1 of them" in told
     assert "the best of 2 peers" in told
     assert "-0.047 ± 0.014 (n = 3)" in told
     assert "**peer**" in bench.tables.headline(found)
