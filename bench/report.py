@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bench.speed.tables
-from bench.cells import Cell
 from bench.quality import adamr, pareto, tables
 from bench.quality.budgets import BUDGETS
 from bench.quality.entries import CHOSEN
-from bench.quality.found import Found, shown
+from bench.quality.found import Found, Side
 
 START, END = "<!-- results -->", "<!-- /results -->"
 DETAILS = Path("docs/results")
+SEEDS = 3  # of what is shown in the README
 
 HEAD = f"""# Results
 
@@ -97,27 +97,23 @@ def details(task: Found) -> str:
 
 
 def short(found: Sequence[Found]) -> str:
-    """Return the README's table: two rows per task, scores and how far they are from the best peer's, seed by seed."""
+    """Return the README's table: of every task with three seeds, what was chosen in advance and the best of others."""
+    sides: dict[str, Side] = {"best package, adapter or floor": "peer", "best preset of a published method": "stand-in"}
+    tasks = [task for task in found if any(len(task.at(budget, CHOSEN)) >= SEEDS for budget in BUDGETS)]
     rows: list[list[str]] = []
-    for task in found:
-        ours, distance = [f"{task.name}, dtrain"], ["less the best peer"]
-        for budget in BUDGETS:
-            rival, _ = task.best(budget, tables.PEERS)
-            chosen = task.at(budget, CHOSEN)
-            ours.append(tables.scores(chosen) if chosen else "nothing fits")
-            distance.append(less(task, budget, chosen, rival))
-        rows += [ours, distance]
-    return tables.table(("bit of file per parameter", *(f"{budget:g}" for budget in BUDGETS)), rows)
+    for task in tasks:
+        rows.append([f"**{task.name}**", *(best(task, budget, None) for budget in BUDGETS)])
+        rows += [[name, *(best(task, budget, side) for budget in BUDGETS)] for name, side in sides.items()]
+    head = tables.table(("bit of file per parameter", *(f"{budget:g}" for budget in BUDGETS)), rows)
+    lines = [f"* {task.name}, {tables.references(task)}" for task in tasks]
+    return "\n".join([head, *lines, ""])
 
 
-def less(task: Found, budget: float, chosen: dict[int, Cell], rival: str | None) -> str:
-    """Return the paired difference to a peer and its name, or its score where there is no difference."""
-    if rival is None:
-        return "nothing fits"
-    others = task.at(budget, rival)
-    if pairs := tables.paired(chosen, others):
-        return f"{tables.interval(pairs)}, {shown(rival)}"
-    return f"{tables.scores(others)}, {shown(rival)}"
+def best(task: Found, budget: float, side: Side | None) -> str:
+    """Return the best score of a side at a budget and whose it is, or without a side what the entry chosen has."""
+    label = CHOSEN if side is None else task.best(budget, (side,))[0]
+    cells = {} if label is None else task.at(budget, label)
+    return f"{tables.scores(cells)}{'' if side is None else f' {label}'}" if cells else "nothing fits"
 
 
 def replaced(text: str, block: str) -> str:
