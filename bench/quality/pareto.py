@@ -24,17 +24,20 @@ MARKS = "osD^vP*X<>"
 def draw(found: Found, path: Path) -> None:
     """Draw means over the seeds, with the least and the greatest where there are several."""
     figure, axes = plt.subplots(figsize=(9.5, 6), layout="constrained")
-    for style, name in zip(("-", "--", ":"), ("base", "linear probe", "fine-tuned"), strict=True):
-        height = fmean(scores[name] for scores in found.references.values())
+    for style, floor in zip(("-", "--", ":"), ("base", "linear probe", "fine-tuned"), strict=True):
+        height = fmean(scores[floor] for scores in found.references.values())
         axes.axhline(height, color="0.45", linestyle=style, linewidth=1.1)
         place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8}
-        axes.annotate(f"{name} {height:.3f}", (0.003, height), **place)
+        axes.annotate(f"{floor} {height:.3f}", (0.003, height), **place)
     for budget in BUDGETS:
         axes.axvline(budget, color="0.85", linewidth=0.8, zorder=0)
     drawn = {"dtrain": 0, "stand-in": 0, "peer": 0}
+    leading = {found.best(budget, ("stand-in",))[0] for budget in BUDGETS}
+    others = [label for label in found.labels if side_of(label) == "stand-in" and label not in leading]
     for label in found.labels:
         side = side_of(label)
-        line(axes, found, label, drawn[side])
+        named = f"{len(others)} other presets of published methods" if label in others[:1] else name(label)
+        line(axes, found, label, drawn[side], "_nolegend_" if label in others[1:] else named)
         drawn[side] += 1
     axes.set(
         xscale="log",
@@ -53,7 +56,7 @@ def draw(found: Found, path: Path) -> None:
     plt.close(figure)
 
 
-def line(axes: plt.Axes, found: Found, label: str, number: int) -> None:
+def line(axes: plt.Axes, found: Found, label: str, number: int, legend: str) -> None:
     """Draw one entry: ours in green, packages and adapters in warm colours, stand-ins thin and grey."""
     points = sorted(
         (
@@ -71,7 +74,7 @@ def line(axes: plt.Axes, found: Found, label: str, number: int) -> None:
     }[side]
     bars = ([a - b for a, b in zip(y, least, strict=True)], [b - a for a, b in zip(y, greatest, strict=True)])
     mark = MARKS[number % len(MARKS)]
-    axes.errorbar(x, y, yerr=bars, marker=mark, markersize=4, capsize=2, label=name(label), **look)
+    axes.errorbar(x, y, yerr=bars, marker=mark, markersize=4, capsize=2, label=legend, **look)
 
 
 def name(label: str) -> str:
