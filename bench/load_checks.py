@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 import dtrain
+from bench.memory import reset_peak, resident
 from dtrain.artifact import Role, file, manifest
 from dtrain.stages import Pipeline
 
@@ -69,23 +70,17 @@ def read_kind(cursor: Any, pipelines: list[Pipeline]) -> Any:
     return Role(role), manifest.DTYPES[dtype], shape, tuple(cursor.sequence(lambda: cursor.choose(pipelines)))
 
 
-def peak() -> int:
-    """Return the greatest resident memory of this process, in KiB."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1])
-
-
 def once(path: Path, checks: bool) -> dict[str, float]:
     """Load the file in this process; return seconds, and MiB at the peak beyond those before."""
     load = dtrain.load  # what is imported lazily is imported now
     if not checks:
         without_checks()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: imports have had a higher one
-    before = peak()
+    reset_peak()  # imports have had a higher one
+    before = resident("VmHWM")
     start, cpu = time.perf_counter(), time.process_time()
     delta = load(path)
     found = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-    found["mebibytes"] = (peak() - before) / 1024
+    found["mebibytes"] = (resident("VmHWM") - before) / 2**20
     return found | {"tensors": len(delta.content.records)}
 
 

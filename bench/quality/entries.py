@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import dtrain
@@ -114,8 +114,3 @@ CALIBRATED = (
     Entry("EoRA on Magnitude", compensated, inputs=True),
 )
 ENTRIES = {entry.label: entry for entry in (*PLAIN, *OWN, *STAND_INS, *LEARNED, *SEARCHED, *CALIBRATED)}
-
-
-def shortened(entry: Entry, steps: int) -> Entry:
-    """Return the entry with a fit of a few steps: for tests."""
-    return replace(entry, fit=replace(entry.fit, steps=steps)) if isinstance(entry.fit, dtrain.Learn) else entry

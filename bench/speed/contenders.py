@@ -7,6 +7,7 @@ where it does not count. So all take turns, and no clock is among what is measur
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -27,7 +28,7 @@ OPERATIONS = ("write", "read", "swap")
 RULES = dtrain.Rules(embeddings=())
 
 
-class Contender:
+class Contender(ABC):
     """Something that gets fine-tuned weights to a disk and back. A subclass has at least `write` and `read`.
 
     Args:
@@ -42,13 +43,13 @@ class Contender:
         """Return the file or folder that it writes to."""
         return pair.out / "".join(char if char.isalnum() else "_" for char in self.name)
 
+    @abstractmethod
     def write(self, pair: Pair) -> Steps[None]:
         """Bring what fine-tuning made, or changed, from memory to the disk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, pair: Pair) -> Steps[State]:
         """Return the fine-tuned weights, in memory of their own, from the disk and the base in memory."""
-        raise NotImplementedError
 
     def swap(self, pair: Pair) -> Steps[None]:
         """Put the fine-tuned weights into a live module, and then the base's again."""

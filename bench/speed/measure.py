@@ -20,7 +20,7 @@ import torch
 from bench.speed.contenders import MAIN, METHODS, OPERATIONS
 from bench.speed.optimizers import BUILD
 from bench.speed.pairs import SIZES, make, shapes
-from bench.speed.peers import FOLDER, PEERS, VERSIONS
+from bench.speed.peers import FOLDER, INSTALLED, PEERS
 from bench.speed.tables import Cells
 from dtrain.artifact.atomic import write_atomic
 
@@ -108,7 +108,7 @@ def job(
         "operation": operation,
         "contenders": list(contenders),
         "rounds": rounds,
-        "peers": VERSIONS,
+        "peers": INSTALLED,
     }
 
     def measure() -> dict[str, Any]:

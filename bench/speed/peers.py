@@ -11,11 +11,12 @@ import zstandard
 
 from bench.speed.contenders import Contender, Steps
 from bench.speed.pairs import Pair, State
+from bench.versions import VERSIONS
 from dtrain.stages.bits import as_buffer
 from dtrain.weights import tensor_bytes
 
 FOLDER = Path("runs/peers/speed")
-VERSIONS = {"deltatensors": "0.2.0", "sparse-llm": "0.0.5", "zipnn": "0.5.4"}
+INSTALLED = {name: VERSIONS[name] for name in ("deltatensors", "sparse-llm", "zipnn")}
 
 
 class DeltaTensors(Contender):

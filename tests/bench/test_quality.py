@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tomllib
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -105,6 +106,12 @@ def test_a_lossless_peer_gives_the_weights_back(bench, tmp_path):
     broken = replace(peer, read=lambda task, folder: {**peer.read(task, folder), "head.bias": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"head\.bias comes back different"):
         broken.measure(bench.task_of(NAME, 0, ROOT), None)
+
+
+def test_the_extra_installs_what_is_measured(bench):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    versions = sys.modules["bench.versions"].VERSIONS
+    assert extras["peers"] == [f"{package}=={version}" for package, version in sorted(versions.items())]
 
 
 def test_a_peer_of_another_version_is_not_measured(bench, monkeypatch):

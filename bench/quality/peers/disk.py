@@ -15,16 +15,8 @@ from bench.cells import Cell
 from bench.quality.budgets import bytes_allowed, greatest_knob
 from bench.quality.measure import point
 from bench.tasks import State, Task
+from bench.versions import VERSIONS
 
-#: What is measured: the `peers` extra asks for these versions.
-VERSIONS = {
-    "deltatensors": "0.2.0",
-    "mergekit": "0.1.5",
-    "peft": "0.21.2",
-    "sparse-llm": "0.0.5",
-    "zipnn": "0.5.4",
-    "zstandard": "0.25.0",
-}
 #: A peer without a knob is shown at a budget that its file exceeds by a tenth at most: to its favour.
 LENIENT = 1.1
 
