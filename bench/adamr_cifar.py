@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import dtrain
 from bench.presets import RULES
-from bench.tasks import CIFAR_CLASSES, accuracy, fine_tune_images, plain_images, snapshot, vision_model
+from bench.tasks import accuracy, snapshot
+from bench.tasks.vision import CIFAR_CLASSES, fine_tune_images, plain_images, vision_model
 from parts.images import Images
 
 KEEP = 0.01

@@ -24,7 +24,8 @@ from torch import nn
 
 import dtrain
 from bench.presets import RULES
-from bench.tasks import Sentences, State, accuracy, call, fine_tune_sentences, read_sentences, snapshot, text_model
+from bench.tasks import State, accuracy, call, snapshot
+from bench.tasks.text import Sentences, fine_tune_sentences, read_sentences, text_model
 from parts.probe import probe_accuracy
 
 KEEPS = (0.1, 0.03, 0.01, 0.003)

@@ -1,6 +1,6 @@
 """Quality at equal bytes: dtrain against peers, on real tasks, at the same budgets of bytes on disk.
 
-    python -m bench.quality --task cifar sst2 subj digits cola --seeds 0 1 2 --shared ../shared
+    python -m bench.quality --task cifar sst2 subj digits word_order cola --seeds 0 1 2 --shared ../shared
     python -m bench.quality --entries "SeededSign" "DeltaDQ" --only "| 0.06 |"     # cells with this in their key
     python -m bench.quality --task my_module:my_task                 # any pair: a function as those of bench.tasks
 

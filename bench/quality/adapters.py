@@ -88,12 +88,12 @@ class Adapter:
         scores = {"score": task.metric(found, labels), "accuracy": share_right(found, labels)}
         return {"seconds": seconds, **sizes, **point(task, size), **scores}
 
-    def learn(self, task: Task, model: nn.Module, rate: float, steps: int | None = None) -> float:
+    def learn(self, task: Task, model: nn.Module, rate: float) -> float:
         """Train `model` as the task was fine-tuned, and return the mean loss of the last fifth of the steps."""
         if task.training is None:
             raise ValueError(f"how {task.name} was fine-tuned is not known, so nothing can be trained like it.")
         learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return task.training.run(model, torch.optim.AdamW(learnt, rate, weight_decay=0.0), task.seed, steps)
+        return task.training.run(model, torch.optim.AdamW(learnt, rate, weight_decay=0.0), task.seed)
 
     def wrap(self, task: Task, rank: int) -> nn.Module:
         """Return a copy of the base in which only what is saved is trained."""
@@ -200,26 +200,26 @@ ADAPTERS: dict[str, Adapter] = {
     )
 }
 
-#: Rates that `bench.quality.rates` has tried, and which tasks decide for vision; all others decide for text.
+#: Rates that `bench.quality.rates` has tried, and whose a task takes that has none of its own.
 TRIED = Path(__file__).parents[1] / "results/quality/rates.json"
-VISION = ("cifar", "digits")
+AS_FOR = {"cifar": "digits", "subj": "sst2", "cola": "sst2"}
 FAMILIAR = "LoRA on attention"  # its rate is taken for what has not been tried
 
 
 def rate_of(name: str, label: str) -> float | None:
     """Return the learning rate of an adapter for a task: of those tried, the one with the least training loss."""
-    sort, rates = name in VISION, rates_tried(TRIED)
-    tried = rates.get((sort, label)) or rates.get((sort, FAMILIAR), {})
+    rates, name = rates_tried(TRIED), AS_FOR.get(name, name)
+    tried = rates.get((name, label)) or rates.get((name, FAMILIAR), {})
     return min(tried, key=tried.__getitem__, default=None)
 
 
 @lru_cache
-def rates_tried(path: Path) -> dict[tuple[bool, str], dict[float, float]]:
-    """Return the losses by rate, by whether they are of a task of vision, and adapter."""
-    found: dict[tuple[bool, str], dict[float, float]] = {}
+def rates_tried(path: Path) -> dict[tuple[str, str], dict[float, float]]:
+    """Return the losses by rate, of every task and adapter."""
+    found: dict[tuple[str, str], dict[float, float]] = {}
     if not path.exists():
         return found
     for key, cell in json.loads(path.read_text())["cells"].items():
         name, label, rate = key.split(" | ")
-        found.setdefault((name in VISION, label), {})[float(rate)] = cell["loss"]
+        found.setdefault((name, label), {})[float(rate)] = cell["loss"]
     return found

@@ -19,6 +19,7 @@ TITLES = {
     "sst2": "MiniLM (22.7M parameters) on SST-2, accuracy on 872 sentences",
     "subj": "MiniLM on SUBJ, accuracy on 2,000 sentences",
     "digits": "a ViT of 0.45M parameters on five handwritten digits, accuracy on 225 images",
+    "word_order": "a RoBERTa of 0.3M parameters on sentences with words swapped, accuracy on 684 sentences",
     "cola": "MiniLM on CoLA, Matthews correlation on 516 sentences; for direction only, the base is weak",
 }
 NOT_TASKS = ("adamr", "rates")
