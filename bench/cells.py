@@ -61,11 +61,11 @@ def read_results(out: Path) -> Results:
 def fill(out: Path, jobs: Iterable[Job], shared: Path) -> None:
     """Measure the cells that `out` does not have, in the order given, and write it after each."""
     torch.set_num_threads(1)  # processor seconds and scores do not depend on the machine's cores
-    results = read_results(out)
     for job in jobs:
-        if results["cells"].get(job.key, {}).get("settings") == job.settings:
+        if read_results(out)["cells"].get(job.key, {}).get("settings") == job.settings:
             continue
         found = job.measure()
+        results = read_results(out)  # another run may have written meanwhile
         for name, seed in job.tasks:
             results["references"][f"{name} | {seed}"] = task_of(name, seed, shared).references
         results["cells"][job.key] = {"settings": job.settings, **found}

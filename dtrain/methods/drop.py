@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from dtrain.errors import InputError
@@ -121,11 +123,16 @@ def along(delta: Tensor, name: str, payload: Payload) -> Payload:
     """
     positions, values = decode(payload, name, delta.shape, delta.device)
     flat = delta.reshape(-1)
-    found = float(((flat if positions is None else flat[positions]).double() * values.double()).sum()) * payload.scale
-    whole = float(flat.double().square().sum())
+    found = _product(flat if positions is None else flat.index_select(0, positions), values) * payload.scale
+    whole = _product(flat, flat)
     return replace(payload, scale=payload.scale * whole / found if found > 0 and whole else payload.scale)
 
 
 def _norm(values: Tensor) -> float:
+    return math.sqrt(_product(values, values))
+
+
+def _product(left: Tensor, right: Tensor) -> float:
     # float64 sums differ between thread counts by far less than a float32 scale can show.
-    return float(values.double().square().sum().sqrt())
+    wide = left.reshape(-1).double()
+    return float(torch.dot(wide, wide if right is left else right.reshape(-1).double()))

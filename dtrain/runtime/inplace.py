@@ -123,7 +123,7 @@ def _refuse_lost_ties(records: Sequence[Record], aliases: dict[str, str], origin
 
 def _read(tensor: Tensor, positions: Tensor | None) -> Patch:
     flat = tensor.reshape(-1)
-    return Patch(positions, flat.clone() if positions is None else flat[positions])
+    return Patch(positions, flat.clone() if positions is None else flat.index_select(0, positions.to(flat.device)))
 
 
 def _touched(tensor: Tensor, positions: Tensor | None) -> bytes:

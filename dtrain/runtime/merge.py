@@ -61,7 +61,7 @@ def add(base: Tensor, decoded: Sequence[Decoded], scales: Sequence[float], dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if len(decoded) == 1 and decoded[0].positions is not None:  # touches only what is kept
         positions, values = decoded[0]
-        return Patch(positions, (flat[positions].to(wide) + values.to(wide) * scales[0]).to(dtype))
+        return Patch(positions, (flat.index_select(0, positions).to(wide) + values.to(wide) * scales[0]).to(dtype))
     total = flat.to(wide, copy=True)
     for (positions, values), scale in zip(decoded, scales, strict=True):
         if positions is None:
@@ -77,7 +77,7 @@ def write(tensor: Tensor, change: Patch) -> None:
     if change.positions is None:
         flat.copy_(change.values)
     else:
-        flat[change.positions.to(flat.device)] = change.values.to(flat)
+        flat.index_copy_(0, change.positions.to(flat.device), change.values.to(flat))
     if not tensor.is_contiguous():
         tensor.copy_(flat.view(tensor.shape))
 
@@ -94,7 +94,7 @@ def merged(record: Record, base: Tensor | None, origin: object = "delta") -> Ten
     if base is None:
         raise ValueError(f"record {record.name!r} needs its base tensor")
     out = base.detach().to(record.dtype, copy=True).contiguous()
-    out.view(-1)[change.positions] = change.values
+    out.view(-1).index_copy_(0, change.positions, change.values)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,9 +140,9 @@ def encode(
             raise InputError("Indexed stores positions that the caller chooses: pass positions=.")
         head = pipeline.select.encode(positions)
     else:
-        positions = pipeline.select.positions(name, _grid(coefficients), coefficients.device)
+        positions = _positions(pipeline.select, name, _grid(coefficients), coefficients.device)
     flat = coefficients.reshape(-1)
-    kept = (flat if positions is None else flat[positions]).cpu()
+    kept = (flat if positions is None else flat.index_select(0, positions.to(flat.device))).cpu()
     parts = blocks(pipeline.quantise.group, flat.numel(), None if positions is None else positions.cpu())
     if isinstance(pipeline.quantise, Mixed):
         if widths is None:
@@ -179,7 +180,7 @@ def decode(payload: Payload, name: str, shape: Sequence[int], device: torch.devi
     if isinstance(select, Indexed):
         positions = select.read(cursor, math.prod(grid))
     else:
-        positions = select.positions(name, grid, device)
+        positions = _positions(select, name, grid, torch.device(device))
     kept = math.prod(grid) if positions is None else positions.numel()
     parts = blocks(quantise.group, math.prod(grid), None if positions is None else positions.cpu())
     if isinstance(quantise, Mixed):
@@ -251,6 +252,13 @@ def check_size(payload: Payload, shape: Sequence[int]) -> None:
 
 def _stages(pipeline: Pipeline) -> tuple[Transform, Select, Quantise, Code]:
     return pipeline.transform, pipeline.select, pipeline.quantise, pipeline.code
+
+
+@functools.lru_cache(maxsize=1)  # what has just been encoded is often decoded at once, to fit its scale
+def _positions(
+    select: All | Bernoulli | Stratified | Groups | Units, name: str, grid: Grid, device: torch.device
+) -> Tensor | None:
+    return select.positions(name, grid, device)
 
 
 def _grid(coefficients: Tensor) -> Grid:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from dtrain.errors import InputError
 from dtrain.stages.philox import stream_key, words
 from dtrain.stages.transform import Grid
 
+_TABLE_BITS = 12  # of a draw, to look up where its search begins
 _GAP_TABLE = 1024  # gaps are drawn as 1024 * high + low, so that both tables stay short at any keep rate
 _ONE = 1 << 128  # fixed point of the tables: exact to 2**-32 after any number of products we make
 _STRIDE_BITS = 12  # fractional bits of a stratum's length
@@ -68,7 +69,7 @@ class Bernoulli:
             # Enough gaps to end in one round nearly always; the words consumed per gap do not depend on the round.
             gaps = 2 * math.ceil((missing + 4 * math.sqrt(missing) + 8) / 2)
             pair = words(key, 2 * drawn, 2 * gaps, device).view(-1, 2)
-            gap = _GAP_TABLE * _invert(high, pair[:, 1]) + _invert(low, pair[:, 0])
+            gap = _GAP_TABLE * high.invert(pair[:, 1]) + low.invert(pair[:, 0])
             positions = torch.cumsum(gap + 1, 0) + last
             found.append(positions)
             last, drawn = int(positions[-1]), drawn + gaps
@@ -157,13 +158,40 @@ def scaled(draw: Tensor, stride: int) -> Tensor:
     return (draw * high + ((draw * low) >> 16)) >> 16
 
 
-def _invert(table: Tensor, draw: Tensor) -> Tensor:
-    """Return for every draw how many entries of the descending `table` are greater than it."""
-    return torch.searchsorted(-table, -draw, right=False)
+class _Table(NamedTuple):
+    """Descending 32-bit integers, the last of them 0, to look up how many are greater than a draw.
+
+    Args:
+        entries: int64.
+        least: For the upper bits of a draw: how many entries are greater than every draw that begins with them.
+    """
+
+    entries: Tensor
+    least: Tensor
+
+    @classmethod
+    def of(cls, entries: list[int]) -> _Table:
+        table = torch.tensor([*entries, 0], dtype=torch.int64)
+        greatest = ((torch.arange(1 << _TABLE_BITS) + 1) << (32 - _TABLE_BITS)) - 1
+        return cls(table, torch.searchsorted(-table, -greatest))
+
+    def to(self, device: torch.device | str) -> _Table:
+        return _Table(self.entries.to(device), self.least.to(device))
+
+    def invert(self, draw: Tensor) -> Tensor:
+        """Return for every draw how many entries are greater than it."""
+        if len(self.entries) == 1:
+            return torch.zeros_like(draw)
+        found = self.least.index_select(0, draw >> (32 - _TABLE_BITS))
+        found += self.entries.index_select(0, found) > draw  # which is mostly enough
+        behind = (self.entries.index_select(0, found) > draw).nonzero().view(-1)
+        if behind.numel():
+            found[behind] = torch.searchsorted(-self.entries, -draw[behind])
+        return found
 
 
 @functools.lru_cache(maxsize=16)
-def _gap_tables(keep: float, reach: int) -> tuple[Tensor, Tensor]:
+def _gap_tables(keep: float, reach: int) -> tuple[_Table, _Table]:
     """Return P(low >= g) and P(high >= g) for g = 1, 2, ..., at most 2**reach, as 32-bit integers, descending.
 
     A geometric gap splits into two independent parts, 1024 * high + low: `high` is geometric with the 1024th power of
@@ -182,4 +210,4 @@ def _gap_tables(keep: float, reach: int) -> tuple[Tensor, Tensor]:
     while tail >> 96 and len(high) < 1 << reach:
         high.append(tail >> 96)
         tail = tail * cut >> 128
-    return torch.tensor(low, dtype=torch.int64), torch.tensor(high, dtype=torch.int64)
+    return _Table.of(low), _Table.of(high)
