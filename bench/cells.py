@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -23,29 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 import dtrain
-from bench.tasks import Task, task, write_json
+from bench import record
+from bench.record import Cell, Job, Results
+from bench.tasks import Task, task
 
 INPUTS, BATCH = 128, 32  # unlabelled training inputs that scales are fitted to: four batches, of which Learn holds one
-
-Cell = dict[str, Any]
-Results = dict[str, dict[str, Cell]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One cell to measure.
-
-    Args:
-        key: Its name among the cells.
-        settings: What it depends on, as it reads back from a JSON file.
-        measure: Returns the cell, without its settings.
-        tasks: The tasks, by name and seed, whose references belong to it.
-    """
-
-    key: str
-    settings: dict[str, Any]
-    measure: Callable[[], Cell]
-    tasks: tuple[tuple[str, int], ...]
 
 
 @lru_cache(maxsize=3)  # a family has three
@@ -54,23 +36,14 @@ def task_of(name: str, seed: int, shared: Path, inputs: int = INPUTS) -> Task:
     return task(name, shared, seed, inputs, BATCH)
 
 
-def read_results(out: Path) -> Results:
-    return json.loads(out.read_text()) if out.exists() else {"references": {}, "cells": {}}
-
-
 def fill(out: Path, jobs: Iterable[Job], shared: Path) -> None:
-    """Measure the cells that `out` does not have, in the order given, and write it after each."""
+    """Measure the cells that `out` does not have, in the order given, with the references of their tasks."""
     torch.set_num_threads(1)  # processor seconds and scores do not depend on the machine's cores
-    for job in jobs:
-        if read_results(out)["cells"].get(job.key, {}).get("settings") == job.settings:
-            continue
-        found = job.measure()
-        results = read_results(out)  # another run may have written meanwhile
-        for name, seed in job.tasks:
-            results["references"][f"{name} | {seed}"] = task_of(name, seed, shared).references
-        results["cells"][job.key] = {"settings": job.settings, **found}
-        write_json(out, results)
-        sys.stderr.write(f"{job.key}: {results['cells'][job.key]}\n")
+
+    def references(job: Job) -> dict[str, Cell]:
+        return {f"{name} | {seed}": task_of(name, seed, shared).references for name, seed in job.tasks}
+
+    record.fill(out, jobs, references)
 
 
 def plain(value: Any) -> Any:

@@ -20,9 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.cells import Cell, Job, read_results, task_of
+from bench.cells import task_of
 from bench.quality.jobs import TASKS, jobs
 from bench.quality.tables import RESULTS
+from bench.record import Cell, Job, read_results
 
 BYTES, ERRORS = 0.005, 3.0
 

@@ -21,7 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 import dtrain
-from bench.tasks import sst2, write_json
+from bench.record import write_json
+from bench.tasks import sst2
 from dtrain.stages import Affine, DeadZone, Float16, Groups, Packed, Rans, Sign, Uniform, Zstd
 from dtrain.stages.code import Code
 from dtrain.stages.quantise import Blocks

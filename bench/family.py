@@ -26,9 +26,6 @@ from typing import Any
 import dtrain
 from bench.cells import (
     INPUTS,
-    Cell,
-    Job,
-    Results,
     caption,
     chosen,
     compressed,
@@ -38,11 +35,11 @@ from bench.cells import (
     fill,
     greatest_keep,
     parser_for,
-    read_results,
     scored,
     show,
     task_of,
 )
+from bench.record import Cell, Job, Results, read_results
 from bench.tasks import Task
 
 FAMILY = ("sst2", "subj", "cola")

@@ -32,9 +32,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import dtrain
-from bench.cells import Cell, parser_for, read_results, show, task_of
+from bench.cells import parser_for, show, task_of
 from bench.memory import reset_peak, resident
-from bench.tasks import Task, write_json
+from bench.record import Cell, read_results, write_json
+from bench.tasks import Task
 
 THREADS, ROUNDS = 2, 3
 METHOD = dtrain.SeededSign(keep=1 / 32)

@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 import dtrain
-from bench.tasks import TASKS, Task, write_json
+from bench.record import write_json
+from bench.tasks import TASKS, Task
 from dtrain.artifact import Content, Record, Role
 from dtrain.methods.accounting import binary_entropy
 

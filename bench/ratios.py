@@ -27,9 +27,6 @@ from statistics import fmean
 import dtrain
 from bench.cells import (
     INPUTS,
-    Cell,
-    Job,
-    Results,
     caption,
     chosen,
     compressed,
@@ -38,13 +35,13 @@ from bench.cells import (
     fill,
     greatest_keep,
     parser_for,
-    read_results,
     scored,
     share,
     show,
     show_share,
     task_of,
 )
+from bench.record import Cell, Job, Results, read_results
 from bench.tasks import TASKS, Task
 
 RATIOS = (1000, 2000, 5000)

@@ -30,9 +30,6 @@ from typing import Any
 import dtrain
 from bench.cells import (
     INPUTS,
-    Cell,
-    Job,
-    Results,
     caption,
     chosen,
     compressed,
@@ -43,11 +40,11 @@ from bench.cells import (
     greatest_keep,
     parser_for,
     plain,
-    read_results,
     scored,
     show,
     task_of,
 )
+from bench.record import Cell, Job, Results, read_results
 from bench.tasks import TASKS, Task
 
 SOME, FEW = 4, 1  # batches that scales are learnt from, and that the searches look at up to hundreds of times

@@ -22,22 +22,8 @@ from statistics import fmean
 from typing import Any
 
 import dtrain
-from bench.cells import (
-    Cell,
-    Job,
-    Results,
-    caption,
-    chosen,
-    figure,
-    fill,
-    greatest_keep,
-    parser_for,
-    plain,
-    read_results,
-    scored,
-    show,
-    task_of,
-)
+from bench.cells import caption, chosen, figure, fill, greatest_keep, parser_for, plain, scored, show, task_of
+from bench.record import Cell, Job, Results, read_results
 from bench.tasks import TASKS
 from dtrain.artifact import Role
 from dtrain.stages import All

@@ -13,8 +13,9 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from bench.cells import Job, chosen, fill, parser_for
+from bench.cells import chosen, fill, parser_for
 from bench.quality.jobs import KINDS, TASKS, jobs
+from bench.record import Job
 
 OUT = Path("bench/results/quality")
 

@@ -18,10 +18,11 @@ from pathlib import Path
 from statistics import fmean
 
 from bench.adamr_cifar import delta_norm, optimizer_for
-from bench.cells import INPUTS, Cell, Job, chosen, figure, fill, parser_for, task_of
+from bench.cells import INPUTS, chosen, figure, fill, parser_for, task_of
 from bench.quality.entries import CHOSEN, ENTRIES
 from bench.quality.jobs import TASKS
 from bench.quality.measure import measure
+from bench.record import Cell, Job
 from bench.tasks import Task, snapshot
 
 OUT = Path("bench/results/quality/adamr.json")

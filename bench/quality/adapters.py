@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bench.cells import Cell
 from bench.quality.budgets import bytes_allowed
 from bench.quality.measure import point
 from bench.quality.peers.disk import bytes_on_disk, check_version, told
+from bench.record import Cell
 from bench.tasks import Task, answers, share_right
 from dtrain import InputError, Rules
 from dtrain.rules import matches

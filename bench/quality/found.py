@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from bench.cells import Cell
 from bench.quality.entries import Entry
 from bench.quality.jobs import KINDS, OWN
 from bench.quality.peers.disk import LENIENT
+from bench.record import Cell
 
 Side = Literal["dtrain", "stand-in", "peer"]
 

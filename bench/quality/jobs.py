@@ -7,13 +7,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench.cells import INPUTS, Cell, Job, task_of
+from bench.cells import INPUTS, task_of
 from bench.quality import entries
 from bench.quality.adapters import ADAPTERS, Adapter, Probe
 from bench.quality.budgets import BUDGETS
 from bench.quality.entries import ENTRIES, Entry
 from bench.quality.measure import measure
 from bench.quality.peers import PEERS, Peer
+from bench.record import Cell, Job
 
 OWN = "own"  # in the place of a budget: the only file there is
 #: In the order of the tables; CoLA for direction only, since its base is weak.

@@ -6,9 +6,10 @@ import time
 from dataclasses import replace
 
 import dtrain
-from bench.cells import Cell, compressed, plain
+from bench.cells import compressed, plain
 from bench.quality.budgets import bytes_allowed, greatest_knob, parameters
 from bench.quality.entries import Entry
+from bench.record import Cell
 from bench.tasks import Task
 
 SPARE = 288  # bytes in which a file says what its fit found: 190 to 260, by the figures' lengths

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
-from bench.cells import Cell, Job, chosen, fill, parser_for, task_of
+from bench.cells import chosen, fill, parser_for, task_of
 from bench.quality.adapters import ADAPTERS, TRIED
+from bench.record import Cell, Job
 
 CANDIDATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 RANK = 2

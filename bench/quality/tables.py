@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from bench.cells import Cell, figure, share, show_share
+from bench.cells import figure, share, show_share
 from bench.quality.budgets import BUDGETS
 from bench.quality.entries import CHOSEN
 from bench.quality.found import Found, read, shown, side_of
 from bench.quality.jobs import TASKS, jobs
+from bench.record import Cell
 
 RESULTS = Path("bench/results/quality")
 TITLES = {

@@ -7,7 +7,8 @@ import shutil
 import sys
 
 import bench.speed
-from bench.speed.measure import MODELS, fill, jobs
+from bench.record import fill
+from bench.speed.measure import MODELS, jobs
 from bench.speed.pairs import SIZES
 from bench.speed.peers import FOLDER
 from bench.speed.plot import draw
@@ -44,7 +45,7 @@ def main() -> None:
 def measure(dtype: str, size: str, arguments: argparse.Namespace) -> None:
     cells = jobs(dtype, size, arguments.threads, not arguments.without_peers, arguments.rounds)
     wanted = [job for job in cells if not arguments.only or any(word in job.key for word in arguments.only)]
-    fill(file_of(dtype, size), wanted, arguments.again)
+    fill(file_of(dtype, size), wanted, again=arguments.again)
     shutil.rmtree(MODELS / f"{dtype}-{size}", ignore_errors=True)
 
 

@@ -9,20 +9,18 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.record import Job
 from bench.speed.contenders import MAIN, METHODS, OPERATIONS
 from bench.speed.optimizers import BUILD
 from bench.speed.pairs import SIZES, make, shapes
 from bench.speed.peers import FOLDER, INSTALLED, PEERS
-from bench.speed.tables import Cells
-from dtrain.artifact.atomic import write_atomic
 
 MODELS = Path("runs/bench/speed")
 ROUNDS = {"20M": 5, "100M": 5, "300M": 3, "1B": 3}
@@ -32,38 +30,6 @@ SLOW = ("dtrain Lossless", "torch.save", "deltatensors sparse", "sparse-llm int8
 OPTIMIZERS = {"20M": tuple(BUILD), "100M": tuple(BUILD)[:6]}
 #: Blocks from 64 KiB on are mapped one by one, so that what a tensor gives back is not resident any more.
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One cell to measure.
-
-    Args:
-        key: Its name among the cells of a file.
-        settings: What it depends on, as it reads back from a JSON file; it is measured anew once this changes.
-        measure: Returns the cell, without its settings.
-    """
-
-    key: str
-    settings: dict[str, Any]
-    measure: Callable[[], dict[str, Any]]
-
-
-def fill(out: Path, jobs: Iterable[Job], again: bool = False) -> None:
-    """Measure the cells that `out` does not have, or all of them again, and write it after each."""
-    cells: Cells = json.loads(out.read_text())["cells"] if out.exists() else {}
-    for job in jobs:
-        if not again and cells.get(job.key, {}).get("settings") == job.settings:
-            continue
-        cells[job.key] = {"settings": job.settings, **job.measure()}
-        write(out, {"cells": cells})
-        sys.stderr.write(f"{out.stem}: {job.key}\n")
-
-
-def write(out: Path, value: Any) -> None:
-    """Write JSON so that a run that is killed leaves the old file or the new one."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, [(json.dumps(value, indent=1) + "\n").encode()])
 
 
 def jobs(dtype: str, size: str, threads: int = 1, peers: bool = True, most: int = 5) -> Iterator[Job]:

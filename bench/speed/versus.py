@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.record import write_json
 from bench.speed.contenders import MAIN, METHODS
-from bench.speed.measure import machine, models, write
+from bench.speed.measure import machine, models
 from bench.speed.tables import VERSUS
 
 OPERATIONS = ("write", "read")
@@ -49,7 +50,7 @@ def main() -> None:
                 for name, row in measure(checkout, arguments.methods, operation, folder).items():
                     spent = [sum(step[1] for step in steps) for steps in zip(*row["steps"].values(), strict=True)]
                     seconds.setdefault(f"{operation} | {name}", {}).setdefault(label, []).extend(spent)
-    write(VERSUS, {"what": arguments.what, "machine": machine(), "seconds": seconds})
+    write_json(VERSUS, {"what": arguments.what, "machine": machine(), "seconds": seconds})
 
 
 if __name__ == "__main__":

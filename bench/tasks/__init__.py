@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import dtrain
-from bench.tasks.task import HELD_OUT, State, Task, Training, accuracy, answers, call, share_right, snapshot, write_json
+from bench.tasks.task import HELD_OUT, State, Task, Training, accuracy, answers, call, share_right, snapshot
 from bench.tasks.text import cola, sst2, subj, word_order
 from bench.tasks.vision import cifar, digits
 
@@ -57,5 +57,4 @@ __all__ = [
     "snapshot",
     "sst2",
     "task",
-    "write_json",
 ]

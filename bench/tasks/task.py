@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import dtrain
+from bench.record import write_json
 from dtrain.artifact.atomic import write_atomic
 from parts.probe import probe_answers
 
@@ -153,12 +154,6 @@ def call(module: nn.Module, inputs: Any) -> Tensor:
 
 def snapshot(model: nn.Module) -> State:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that a run that is killed leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, [(json.dumps(value, indent=1) + "\n").encode()])
 
 
 def cached(

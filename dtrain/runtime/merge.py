@@ -59,9 +59,10 @@ def add(base: Tensor, decoded: Sequence[Decoded], scales: Sequence[float], dtype
     """Return base + sum of scale * values, in float32 (float64 for float64 tensors), rounded once to `dtype`."""
     flat = base.reshape(-1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    if len(decoded) == 1 and decoded[0].positions is not None:  # touches only what is kept
-        positions, values = decoded[0]
-        return Patch(positions, (flat.index_select(0, positions).to(wide) + values.to(wide) * scales[0]).to(dtype))
+    only = decoded[0].positions if len(decoded) == 1 else None
+    if only is not None:  # touches only what is kept
+        kept = flat.index_select(0, only).to(wide) + decoded[0].values.to(wide) * scales[0]
+        return Patch(only, kept.to(dtype))
     total = flat.to(wide, copy=True)
     for (positions, values), scale in zip(decoded, scales, strict=True):
         if positions is None:

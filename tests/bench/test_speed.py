@@ -16,10 +16,11 @@ def speed():
     """The modules, which are imported from the root of the checkout."""
     sys.path.insert(0, str(ROOT))
     try:
+        from bench import record
         from bench.speed import child, contenders, measure, pairs, peers, plot, tables
     finally:
         sys.path.remove(str(ROOT))
-    found = (child, contenders, measure, pairs, peers, plot, tables)
+    found = (record, child, contenders, measure, pairs, peers, plot, tables)
     return {module.__name__.rpartition(".")[2]: module for module in found}
 
 
@@ -43,8 +44,8 @@ def test_all_cells_are_measured_and_shown(speed, tmp_path, monkeypatch):
     for dtype in ("bfloat16", "float32"):
         jobs = list(speed["measure"].jobs(dtype, "20M", peers=False, most=1))
         file = speed["tables"].file_of(dtype, "20M")
-        speed["measure"].fill(file, jobs)
-        speed["measure"].fill(file, [replace(job, measure=lambda: pytest.fail("measured twice")) for job in jobs])
+        speed["record"].fill(file, jobs)
+        speed["record"].fill(file, [replace(job, measure=lambda: pytest.fail("measured twice")) for job in jobs])
         cells = json.loads(file.read_text())["cells"]
         assert list(cells) == [job.key for job in jobs]
         for key, cell in cells.items():

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import dtrain
-from bench.cells import Cell
 from bench.quality.budgets import bytes_allowed, greatest_knob
 from bench.quality.measure import point
+from bench.record import Cell
 from bench.tasks import State, Task
 from bench.versions import VERSIONS
 
