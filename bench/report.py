@@ -98,12 +98,13 @@ def details(task: Found) -> str:
 
 def short(found: Sequence[Found]) -> str:
     """Return the README's table: of every task with three seeds, what was chosen in advance and the best of others."""
-    sides: dict[str, Side] = {"best package, adapter or floor": "peer", "best preset of a published method": "stand-in"}
     tasks = [task for task in found if any(len(task.at(budget, CHOSEN)) >= SEEDS for budget in BUDGETS)]
     rows: list[list[str]] = []
     for task in tasks:
         rows.append([f"**{task.name}**", *(best(task, budget, None) for budget in BUDGETS)])
-        rows += [[name, *(best(task, budget, side) for budget in BUDGETS)] for name, side in sides.items()]
+        rows += [
+            [f"best {name}", *(best(task, budget, side) for budget in BUDGETS)] for side, name in tables.RIVALS.items()
+        ]
     head = tables.table(("bit of file per parameter", *(f"{budget:g}" for budget in BUDGETS)), rows)
     lines = [f"* {task.name}, {tables.references(task)}" for task in tasks]
     return "\n".join([head, *lines, ""])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
 from bench.cells import figure, share, show_share
 from bench.quality.budgets import BUDGETS
 from bench.quality.entries import CHOSEN
-from bench.quality.found import Found, read, shown, side_of
+from bench.quality.found import Found, Side, read, shown, side_of
 from bench.quality.jobs import TASKS, jobs
 from bench.record import Cell
 
@@ -26,7 +27,7 @@ TITLES = {
 NOT_TASKS = ("adamr", "rates")
 #: Quantiles of Student's t for two-sided 95 %, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-PEERS = ("peer", "stand-in")
+RIVALS: dict[Side, str] = {"peer": "package, adapter or floor", "stand-in": "preset of a published method"}
 LOSSLESS = ("Lossless", "zipnn on the xor", "zipnn", "zstd on the xor", "zstd")
 
 
@@ -80,46 +81,37 @@ def named(found: Found, budget: float, label: str | None, count: int) -> str:
 
 
 def headline(found: Found) -> str:
-    """Return what fits every budget: the entry that was chosen in advance, the best of ours, the best of all others."""
+    """Return what fits every budget: the entry that was chosen in advance, and the best of all others."""
     rows: list[list[str]] = []
     for budget in BUDGETS:
         chosen = found.at(budget, CHOSEN)
-        rival, _ = found.best(budget, PEERS)
-        differences = paired(chosen, found.at(budget, rival)) if rival else []
         rows.append(
             [
                 f"{budget:g} ({allowed(found, budget)})",
-                ahead(differences, bool(chosen), rival is not None),
-                named(found, budget, *found.best(budget, ("peer",))),
-                named(found, budget, *found.best(budget, ("stand-in",))),
                 scores(chosen) if chosen else "does not fit" if found.refused(budget, CHOSEN) else "-",
-                interval(differences) if differences else "-",
+                *(part for side in RIVALS for part in against(found, budget, side)),
                 named(found, budget, *found.best(budget, ("dtrain",))),
                 kept(found, chosen, "base"),
                 kept(found, chosen, "linear probe"),
             ]
         )
-    header = (
-        "bit/param (bytes)",
-        "ahead",
-        "best package, adapter or floor",
-        "best stand-in",
-        f"`{CHOSEN}`, chosen in advance",
-        "less the better of both, 95 %",
-        "best of dtrain's own",
-        "gain kept by the chosen, over base",
-        "over probe",
-    )
-    return table(header, rows, left=2)
+    rivals = (part for name in RIVALS.values() for part in (f"best {name}", "the chosen less it, 95 %"))
+    columns = (f"`{CHOSEN}`, chosen in advance", *rivals, "best of dtrain's own")
+    return table(("bit/param (bytes)", *columns, "gain kept by the chosen, over base", "over probe"), rows)
 
 
-def ahead(differences: Sequence[float], ours: bool, theirs: bool) -> str:
-    """Return who is ahead by the mean of the differences, or alone."""
+def against(found: Found, budget: float, side: Side) -> tuple[str, str]:
+    """Return the best entry of a side, and how far the chosen one is ahead of it: in bold where it clearly is not."""
+    rival, count = found.best(budget, (side,))
+    if rival is None:
+        return "-", "-"
+    differences = paired(found.at(budget, CHOSEN), found.at(budget, rival))
     if not differences:
-        return "**peer**" if theirs else "dtrain" if ours else "nobody"
-    mean = fmean(differences)
-    name = "**peer**" if mean < 0 else "dtrain" if mean > 0 else "tie"
-    return name if decided(differences) else f"{name}, undecided"
+        return named(found, budget, rival, count), "**-**" if found.refused(budget, CHOSEN) else "-"
+    shown = interval(differences)
+    return named(found, budget, rival, count), f"**{shown}**" if fmean(differences) < 0 and decided(
+        differences
+    ) else shown
 
 
 def allowed(found: Found, budget: float) -> str:
@@ -144,31 +136,35 @@ def references(found: Found) -> str:
 
 
 def losses(all_found: Sequence[Found]) -> str:
-    """Return where a peer is ahead of the entry that was chosen in advance, the greatest distance first."""
+    """Return where others are ahead of the entry that was chosen in advance, the greatest distance first."""
+    parts = [part for side, name in RIVALS.items() for part in lost_to(all_found, side, name)]
+    return "\n".join([*parts, *lost_bits(all_found)]) + "\n"
+
+
+def lost_to(all_found: Sequence[Found], side: Side, name: str) -> list[str]:
+    """Return how often the best of a side is ahead, and a line for every time."""
     lost: list[tuple[float, str]] = []
     compared = clear = 0
-    for found in all_found:
-        for budget in BUDGETS:
-            rival, count = found.best(budget, PEERS)
-            chosen = found.at(budget, CHOSEN)
-            if rival is None:
-                continue
-            differences = paired(chosen, found.at(budget, rival))
-            refused = found.refused(budget, CHOSEN)
-            compared += bool(differences) or refused
-            name, best = f"{found.name} at {budget:g} bit/param", f"{shown(rival)} ({scores(found.at(budget, rival))})"
-            if refused:
-                clear += 1
-                lost.append((-1.0, f"* {name}: no file of ours fits; {best} does."))
-            elif differences and fmean(differences) < 0:
-                where = f"{best}, the best of {count} peers, is ahead of {scores(chosen)}"
-                clear += decided(differences)
-                lost.append((fmean(differences), f"* {name}: {where}: {interval(differences)}."))
+    for found, budget in product(all_found, BUDGETS):
+        rival, count = found.best(budget, (side,))
+        chosen, refused = found.at(budget, CHOSEN), found.refused(budget, CHOSEN)
+        if rival is None or not (chosen or refused):
+            continue
+        compared += 1
+        where, best = f"{found.name} at {budget:g} bit/param", f"{shown(rival)} ({scores(found.at(budget, rival))})"
+        differences = paired(chosen, found.at(budget, rival))
+        if refused:
+            clear += 1
+            lost.append((-1.0, f"* {where}: it does not fit; {best} does."))
+        elif differences and fmean(differences) < 0:
+            clear += decided(differences)
+            ahead = f"{best}, the best of {count}, is ahead of {scores(chosen)}"
+            lost.append((fmean(differences), f"* {where}: {ahead}: {interval(differences)}."))
     count = (
-        f"At {len(lost)} of {compared} pairs of task and budget a peer or stand-in is ahead of `{CHOSEN}`, at {clear} "
-        "of them because no file of ours fits, or by more than the interval."
+        f"**The best {name}** is ahead of `{CHOSEN}` at {len(lost)} of {compared} pairs of task and budget, at {clear} "
+        "of them by more than the interval, or because it does not fit.\n"
     )
-    return "\n".join([count, "", *(line for _, line in sorted(lost)), *lost_bits(all_found)]) + "\n"
+    return [count, *(line for _, line in sorted(lost)), ""]
 
 
 def lost_bits(all_found: Sequence[Found]) -> list[str]:

@@ -149,16 +149,19 @@ def test_where_a_peer_wins_is_told_first_and_out_of_how_many(bench):
     chosen = bench.entries.CHOSEN
     lost = {chosen: (0.8, 0.8, 0.81), "DeltaDQ": (0.7, 0.7, 0.7), "deltatensors, one bit": (0.85, 0.84, 0.86)}
     found = made(bench, lost)
-    assert found.best(0.06, bench.tables.PEERS) == ("deltatensors, one bit", 2)
-    assert found.best(0.03, bench.tables.PEERS) == (None, 0)
+    assert found.best(0.06, ("peer", "stand-in")) == ("deltatensors, one bit", 2)
+    assert found.best(0.03, ("peer", "stand-in")) == (None, 0)
     told = bench.tables.losses([found])
-    assert told.startswith("At 1 of 1 pairs")
-    assert "at 1 of them" in told
-    assert "the best of 2 peers" in told
+    assert told.startswith("**The best package, adapter or floor** is ahead of")
+    assert "at 1 of 1 pairs of task and budget, at 1 of them" in told
+    assert "the best of 1, is ahead of 0.803" in told
     assert "-0.047 ± 0.014 (n = 3)" in told
-    assert "**peer**" in bench.tables.headline(found)
+    assert "**The best preset of a published method** is ahead of `SeededSign + parallel` at 0 of 1" in told
+    row = next(line for line in bench.tables.headline(found).splitlines() if line.startswith("| 0.06"))
+    assert "**-0.047 ± 0.014 (n = 3)**" in row
+    assert "| +0.103 ± 0.014 (n = 3) |" in row
     won = bench.tables.losses([made(bench, lost | {chosen: (0.9, 0.9, 0.9)})])
-    assert won.startswith("At 0 of 1 pairs")
+    assert "at 1 of 1" not in won
 
 
 def test_a_file_that_is_larger_than_the_budget_is_a_peers_only(bench):
