@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 from bench.tasks import State, Task
 
@@ -20,20 +21,50 @@ def bytes_allowed(task: Task, budget: float) -> int:
     return int(budget * parameters(task.tuned) / 8)
 
 
-def greatest_knob(size: Callable[[float], int], most: int, low: float, high: float, tries: int = 12) -> float | None:
+@lru_cache(maxsize=8)
+def known_sizes(name: str, seed: int, label: str) -> dict[float, int]:
+    """Return the sizes by knob that were looked up for an entry on a task: those for one budget help with the next."""
+    return {}
+
+
+def greatest_knob(
+    size: Callable[[float], int],
+    most: int,
+    low: float,
+    high: float,
+    known: dict[float, int] | None = None,
+    tries: int = 12,
+) -> float | None:
     """Return a knob whose file, of `size(knob)` bytes, has `most` bytes or fewer, and nearly as many.
 
     The bytes grow with the knob, next to linearly for most methods, so the next knob tried is where a straight line
     through the nearest two sizes meets the budget. It ends within 1 % of the budget, or after `tries`.
 
+    Args:
+        size: Returns the bytes at a knob.
+        most: The budget.
+        low: Least knob.
+        high: Greatest knob.
+        known: Sizes that are known already, which is added to.
+        tries: The most that are made between the least and the greatest knob.
+
     Returns:
         The knob; None where not even the file at `low` is small enough.
     """
-    least = size(low)
-    if least > most:
+    sizes = {} if known is None else known
+
+    def at(knob: float) -> int:
+        if knob not in sizes:
+            sizes[knob] = size(knob)
+        return sizes[knob]
+
+    if at(low) > most:
         return None
-    if high <= low or (largest := size(high)) <= most:
+    if high <= low or at(high) <= most:
         return high
+    low = max(knob for knob, found in sizes.items() if found <= most)
+    high = min(knob for knob, found in sizes.items() if found > most and knob > low)
+    least, largest = sizes[low], sizes[high]
     best, filled = low, least
     for turn in range(tries):
         if filled >= (1 - CLOSE) * most or high / low < 1.0005:
@@ -42,7 +73,7 @@ def greatest_knob(size: Callable[[float], int], most: int, low: float, high: flo
         if turn % 3 == 2 or not low < middle < high:  # a line through points far apart may creep
             middle = math.sqrt(low * high)
         middle = float(f"{middle:.5g}")  # few digits: the file holds them
-        found = size(middle)
+        found = at(middle)
         if found <= most:
             low, least = middle, found
             if found > filled:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import cache
 
 import dtrain
 from bench.cells import compressed, plain
-from bench.quality.budgets import bytes_allowed, greatest_knob, parameters
+from bench.quality.budgets import bytes_allowed, greatest_knob, known_sizes, parameters
 from bench.quality.entries import Entry
 from bench.record import Cell
 from bench.tasks import Task
@@ -21,11 +22,14 @@ def measure(task: Task, entry: Entry, budget: float | None) -> Cell:
     spare = SPARE if entry.fit is not None else 0
     calibration = task.calibration() if entry.inputs else None
 
-    def size(knob: float) -> int:
-        method = bare(entry.make(knob, task.seed))
+    @cache
+    def size_of(method: dtrain.Method) -> int:
         return dtrain.compress(task.base, task.tuned, method, calibration=calibration).file_bytes() + spare
 
-    knob = greatest_knob(size, most, entry.low, entry.high)
+    def size(knob: float) -> int:
+        return size_of(bare(entry.make(knob, task.seed)))
+
+    knob = greatest_knob(size, most, entry.low, entry.high, known_sizes(task.name, task.seed, entry.label))
     if knob is None:
         return {"most": most, "refused": f"its least file has {size(entry.low)} bytes, and {most} are allowed"}
     method = entry.make(knob, task.seed)

@@ -40,9 +40,7 @@ STEPS: dict[str, str | None] = {"write": None, "read": None, "swap": "apply"}
 #: What would make functions faster in which much time is spent.
 REMEDIES = {
     "singular_factors": "all eigenvectors in float64, where few are kept: a random range finder, with other files",
-    "code.encode": "Zstandard at level 9: level 1 takes a tenth of the time and makes smaller files, see below",
     "philox4x32": "ten rounds of some ten passes over int64 tensors: one compiled loop",
-    "_invert": "a binary search for every gap: a table of first guesses",
     "_trace_norm": "all singular values of every matrix: an estimate from a few random vectors, with other files",
     "random_order": "a sort of every element: a partial one for each level",
     "structure.positions": "a random word for every element, kept or not: one draw a group, in another format",
@@ -283,8 +281,10 @@ def levels(found: Found) -> str:
     columns = {pair: these["levels"]["found"] for pair, these in found.items() if "levels" in these}
     names = dict.fromkeys(level for rows in columns.values() for level in rows)
     lines = [[n, *(f"{r[n]['bytes']:,} ({r[n]['seconds']:.2f})" for r in columns.values())] for n in names]
-    header = ["level of Zstandard: bytes (processor s)", *[f"{size} {dtype}" for dtype, size in columns]]
-    return f"**What `Lossless` codes, at other levels than its 9**\n\n{table(header, lines)}" if lines else ""
+    header = ["level: bytes (processor s)", *[f"{size} {dtype}" for dtype, size in columns]]
+    return (
+        f"**What `Lossless` codes, at other levels of Zstandard than its 1**\n\n{table(header, lines)}" if lines else ""
+    )
 
 
 def versus() -> str:
