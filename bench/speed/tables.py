@@ -283,7 +283,9 @@ def levels(found: Found) -> str:
     lines = [[n, *(f"{r[n]['bytes']:,} ({r[n]['seconds']:.2f})" for r in columns.values())] for n in names]
     header = ["level: bytes (processor s)", *[f"{size} {dtype}" for dtype, size in columns]]
     return (
-        f"**What `Lossless` codes, at other levels of Zstandard than its 1**\n\n{table(header, lines)}" if lines else ""
+        f"**What `Lossless` codes, and what Zstandard makes of it in one go**\n\n{table(header, lines)}"
+        if lines
+        else ""
     )
 
 

@@ -131,7 +131,8 @@ def encode(
         raise InputError("Shared encodes no values: it refers to another file. Make its Payload without data.")
     if isinstance(pipeline.quantise, Bits):
         coded = pipeline.quantise.encode(values.reshape(-1), blocks(0, 0, None))
-        return Payload(pipeline, pipeline.code.encode(coded.symbols.cpu(), 8), coded.scale)
+        planes = (pipeline.quantise.width,) if isinstance(pipeline.code, Zstd) else ()
+        return Payload(pipeline, pipeline.code.encode(coded.symbols.cpu(), 8, *planes), coded.scale)
     if coefficients is None:
         coefficients = pipeline.transform.forward(values)
     head = torch.empty(0, dtype=torch.uint8)

@@ -78,6 +78,22 @@ def test_the_entropy_coders_gain_what_they_promise():
     assert len(coded(Zstd(), symbols, 2)) < 5000
 
 
+def test_a_frame_has_a_block_for_every_part():
+    parts = [
+        torch.zeros(5000),
+        torch.randint(4, (5000,)),
+        torch.randint(100, 104, (5000,)),
+        torch.randint(256, (5000,)),
+    ]
+    symbols = torch.cat(parts).to(torch.uint8)
+    frame = Zstd().encode(symbols, 8, parts=4)
+    assert Zstd().decode(Cursor(bytes(frame.tolist())), 8, 20_000).equal(symbols)
+    assert (
+        frame.numel() < 5000 + 2 * 5000 / 4 + 200
+    )  # what is uniform, two bits each of four symbols, and next to nothing
+    assert frame.numel() < 0.9 * Zstd().encode(symbols, 8).numel()
+
+
 @pytest.mark.parametrize("code", [Packed(), Rans(), Parts(2)], ids=repr)
 def test_what_ends_itself_leaves_the_rest(code):
     raw = bytes(code.encode(torch.arange(8), 3).tolist())
