@@ -131,41 +131,50 @@ def introduction(found: Found) -> str:
 class Comparison(NamedTuple):
     """dtrain against another tool: how many times as many processor seconds, and bytes, it takes."""
 
-    seconds: float
-    size: float
     ours: str
     theirs: str
     what: str
-    models: str
-
-    def row(self) -> list[str]:
-        return [
-            f"{self.ours} / {self.theirs}, {self.what}, {self.models}",
-            f"{self.seconds:.2f}",
-            f"{self.size:.2f}",
-        ]
+    models: tuple[str, str]
+    seconds: float
+    size: float
 
 
 def losses(found: Found) -> str:
-    """Return where the tools that are nearest to dtrain's methods are faster, the worst first."""
-    lines = sorted(comparisons(found), reverse=True)
-    if not lines:
+    """Return how dtrain compares with the tools that are nearest to its methods, the worst first."""
+    every = list(comparisons(found))
+    if not every:
         return ""
-    lost, won = ([line.row() for line in lines if (line.seconds > 1) == worse] for worse in (True, False))
-    header = ("dtrain / the tool nearest to it", "processor seconds, ratio", "bytes of the file, ratio")
-    text = f"**Where we lose.** dtrain is slower in {len(lost)} of {len(lines)} comparisons, the worst first:\n\n"
-    return f"{text}{table(header, lost)}\nIn the others it is faster:\n\n{table(header, won)}"
+    pairs = dict.fromkeys(each.models for each in every)
+    rows: dict[tuple[str, str, str], dict[tuple[str, str], Comparison]] = {}
+    for each in every:
+        rows.setdefault((each.ours, each.theirs, each.what), {})[each.models] = each
+    ordered = sorted(rows.items(), key=lambda row: -max(each.seconds for each in row[1].values()))
+    lines = [
+        [
+            f"{ours} / {theirs}: {what}",
+            *(shown(by_models[pair].seconds) if pair in by_models else "-" for pair in pairs),
+            ", ".join(dict.fromkeys(f"{each.size:.2f}" for each in by_models.values())),
+        ]
+        for (ours, theirs, what), by_models in ordered
+    ]
+    header = ["processor seconds, dtrain / the tool nearest to it", *(f"{size} {dtype}" for dtype, size in pairs)]
+    slower = sum(each.seconds > 1 for each in every)
+    text = f"dtrain takes more processor time in {slower} of {len(every)} comparisons, in bold; the worst come first."
+    return f"**Where we lose.** {text}\n\n{table([*header, 'bytes of the file'], lines)}"
+
+
+def shown(seconds: float) -> str:
+    return f"**{seconds:.2f}**" if seconds > 1 else f"{seconds:.2f}"
 
 
 def comparisons(found: Found) -> Iterator[Comparison]:
-    for (dtype, size), these in found.items():
+    for pair, these in found.items():
         for what in TITLES:
             rows = these.get(what, {}).get("found", {})
             for ours, theirs in ALIKE:
                 if ours in rows and theirs in rows:
                     seconds = ratio(rows[ours], rows[theirs], STEPS[what])
-                    share = rows[ours]["bytes"] / rows[theirs]["bytes"]
-                    yield Comparison(seconds, share, ours, theirs, what, f"{size} {dtype}")
+                    yield Comparison(ours, theirs, what, pair, seconds, rows[ours]["bytes"] / rows[theirs]["bytes"])
 
 
 def operation(found: Found, what: str) -> str:

@@ -51,7 +51,7 @@ def patch(record: Record, base: Tensor | None, origin: object = "delta") -> Patc
     if base is None:
         raise ValueError(f"record {record.name!r} needs its base tensor")
     if record.role is Role.XOR:
-        return Patch(None, _from_bytes(tensor_bytes(base).to(device) ^ decoded[0].values, record))
+        return Patch(None, decoded[0].values.bitwise_xor_(tensor_bytes(base).to(device)).view(record.dtype))
     return add(base, decoded, scales, record.dtype)
 
 
