@@ -40,9 +40,9 @@ file fits; a peer without a knob is admitted where its file exceeds the budget b
   `mergekit` 0.1.5, `zipnn` 0.5.4, `zstandard`; adapters of `peft` 0.21.2, trained on the task's own batches for as
   many steps as the fine-tune; and the floors, biases alone and a linear probe. Where no package writes a file for a
   published method, **dtrain's preset of it** stands in, in dtrain's own file: its bytes are fewer than its authors'.
-* Each adapter has one learning rate per base, of five the one with the least loss on training batches
-  (`bench.quality.rates`, at rank 2; cifar takes those of digits, subj and cola those of sst2; what was not tried takes
-  the rate of LoRA on attention). More steps, or a search at every rank, might lift them.
+* Each adapter is trained at two learning rates, and the one with the less training loss counts: the best of five at
+  rank 2 (`bench.quality.rates`; cifar takes that of digits, subj and cola that of sst2; what was not tried takes that
+  of LoRA on attention), and a third of it. More steps, or a finer search, might lift them.
 * Fits see 128 unlabelled training inputs. The validation split is only scored. No seed is selected.
 * Differences are paired over the seeds (fine-tune, mask and adapter alike), with a 95 % interval of Student's t. With
   n = 3 that is 2.5 standard deviations either way, and says little but whether a difference is larger than the seeds'.

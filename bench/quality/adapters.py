@@ -8,6 +8,7 @@ the score is that of a model that has loaded it.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -51,8 +52,8 @@ class Adapter:
 
     def settings(self, name: str) -> dict[str, Any]:
         """Return what a cell of a task depends on, beside its budget."""
-        rate, ranks = rate_of(name, self.label), list(RANKS) if self.ranked else []
-        return {**told("peft"), "rate": rate, "only": list(self.only), "ranks": ranks}
+        ranks = list(RANKS) if self.ranked else []
+        return {**told("peft"), "rates": list(rates_of(name, self.label)), "only": list(self.only), "ranks": ranks}
 
     def measure(self, task: Task, budget: float | None) -> Cell:
         """Return the cell of the greatest rank within a budget, or of the only file there is."""
@@ -73,18 +74,20 @@ class Adapter:
             return bytes_on_disk(Path(folder))
 
     def trained(self, task: Task, rank: int) -> Cell:
-        """Train, save, load into a fresh model, and score."""
-        if (rate := rate_of(task.name, self.label)) is None:
+        """Train at each of its rates, save the one with the least training loss, load into a fresh model, and score."""
+        start, tried = time.process_time(), []
+        for rate in rates_of(task.name, self.label):
+            model = self.wrap(task, rank)
+            tried.append((self.learn(task, model, rate), rate, model))
+        if not tried:
             raise InputError(f"no rate has been tried for {self.label} on {task.name}. Run bench.quality.rates.")
-        model = self.wrap(task, rank)
-        start = time.process_time()
-        loss = self.learn(task, model, rate)
-        seconds = time.process_time() - start
+        loss, rate, model = min(tried, key=lambda found: math.inf if math.isnan(found[0]) else found[0])
+        seconds = (time.process_time() - start) / len(tried)
         with TemporaryDirectory() as folder:
             self.save(model, Path(folder))
             size, restored = bytes_on_disk(Path(folder)), self.load(task, Path(folder))
         found, labels = answers(restored, task.val)
-        sizes = {"rank": rank if self.ranked else None, "loss": loss}
+        sizes = {"rank": rank if self.ranked else None, "rate": rate, "loss": loss}
         scores = {"score": task.metric(found, labels), "accuracy": share_right(found, labels)}
         return {"seconds": seconds, **sizes, **point(task, size), **scores}
 
@@ -206,11 +209,14 @@ AS_FOR = {"cifar": "digits", "subj": "sst2", "cola": "sst2"}
 FAMILIAR = "LoRA on attention"  # its rate is taken for what has not been tried
 
 
-def rate_of(name: str, label: str) -> float | None:
-    """Return the learning rate of an adapter for a task: of those tried, the one with the least training loss."""
+def rates_of(name: str, label: str) -> tuple[float, ...]:
+    """Return the learning rates of an adapter for a task: the best of those tried, and a third of it for higher ranks.
+
+    The best has the least training loss. What has been tried for nothing like it has none.
+    """
     rates, name = rates_tried(TRIED), AS_FOR.get(name, name)
     tried = rates.get((name, label)) or rates.get((name, FAMILIAR), {})
-    return min(tried, key=tried.__getitem__, default=None)
+    return tuple(part for best in sorted(tried, key=tried.__getitem__)[:1] for part in (best, best / 3))
 
 
 @lru_cache
