@@ -14,10 +14,11 @@ import matplotlib.pyplot as plt
 from bench.quality.budgets import BUDGETS
 from bench.quality.entries import CHOSEN
 from bench.quality.found import Found, shown, side_of
-from bench.quality.tables import TITLES
+from bench.quality.tables import LOSSLESS, TITLES
 
 PALETTE = ("#0b6e4f", "#1b9e77", "#66a61e", "#33a02c", "#7fbf7b", "#0a9396", "#94d2bd", "#2a9d8f")
-PEER_PALETTE = ("#b2182b", "#d6604d", "#e08214", "#c51b7d", "#8073ac", "#542788", "#2166ac", "#4393c3", "#bf812d")
+PEER_PALETTE = ("#000000", "#d6604d", "#e08214", "#c51b7d", "#8073ac", "#542788", "#2166ac", "#bf812d", "#b2182b")
+PEER_PALETTE += ("#4393c3", "#f1b6da", "#dfc27d", "#92c5de")
 MARKS = "osD^vP*X<>"
 
 
@@ -33,8 +34,9 @@ def draw(found: Found, path: Path) -> None:
         axes.axvline(budget, color="0.85", linewidth=0.8, zorder=0)
     drawn = {"dtrain": 0, "stand-in": 0, "peer": 0}
     leading = {found.best(budget, ("stand-in",))[0] for budget in BUDGETS}
-    others = [label for label in found.labels if side_of(label) == "stand-in" and label not in leading]
-    for label in found.labels:
+    labels = [label for label in found.labels if label not in LOSSLESS]  # they have a table of their own
+    others = [label for label in labels if side_of(label) == "stand-in" and label not in leading]
+    for label in labels:
         side = side_of(label)
         named = f"{len(others)} other presets of published methods" if label in others[:1] else name(label)
         line(axes, found, label, drawn[side], "_nolegend_" if label in others[1:] else named)
