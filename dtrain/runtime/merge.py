@@ -78,7 +78,7 @@ def write(tensor: Tensor, change: Patch) -> None:
     if change.positions is None:
         flat.copy_(change.values)
     else:
-        flat.index_copy_(0, change.positions.to(flat.device), change.values.to(flat))
+        _put(flat, change.positions.to(flat.device), change.values.to(flat))
     if not tensor.is_contiguous():
         tensor.copy_(flat.view(tensor.shape))
 
@@ -95,8 +95,14 @@ def merged(record: Record, base: Tensor | None, origin: object = "delta") -> Ten
     if base is None:
         raise ValueError(f"record {record.name!r} needs its base tensor")
     out = base.detach().to(record.dtype, copy=True).contiguous()
-    out.view(-1).index_copy_(0, change.positions, change.values)
+    _put(out.view(-1), change.positions, change.values)
     return out
+
+
+def _put(flat: Tensor, positions: Tensor, values: Tensor) -> None:
+    if flat.itemsize == 1:  # index_copy_ knows no float8
+        flat, values = flat.view(torch.uint8), values.view(torch.uint8)
+    flat.index_copy_(0, positions, values)
 
 
 def _from_bytes(raw: Tensor, record: Record) -> Tensor:

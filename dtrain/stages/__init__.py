@@ -4,7 +4,18 @@ from dtrain.stages.code import Packed, Parts, Rans, Zstd
 from dtrain.stages.index import Indexed
 from dtrain.stages.mixed import Mixed
 from dtrain.stages.philox import random_order
-from dtrain.stages.pipeline import STAGES, Decoded, Payload, Pipeline, check_size, decode, encode, kept_values, rebuild
+from dtrain.stages.pipeline import (
+    STAGES,
+    Decoded,
+    Payload,
+    Pipeline,
+    check_size,
+    decode,
+    drawn,
+    encode,
+    kept_values,
+    rebuild,
+)
 from dtrain.stages.quantise import (
     Affine,
     BFloat16,
@@ -65,6 +76,7 @@ __all__ = [
     "blocks",
     "check_size",
     "decode",
+    "drawn",
     "encode",
     "kept_values",
     "matrix_shape",

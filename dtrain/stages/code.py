@@ -41,14 +41,14 @@ class Zstd:
     tag: ClassVar[int] = 1
     layout: ClassVar[str] = ""
 
-    def encode(self, symbols: Tensor, bits: int, parts: int = 1) -> Tensor:
+    def encode(self, symbols: Tensor, bits: int, pieces: int = 1) -> Tensor:
         """Return the frame (uint8) of integer `symbols` of shape (n,), each less than 2**bits.
 
-        A block of its own, with codes of its own, begins at each of `parts` equal parts of the packed bytes.
+        A block of its own, with codes of its own, begins at each of `pieces` equal pieces of the packed bytes.
         """
         packed = as_buffer(pack_bits(symbols, bits).cpu())
         coder = zstandard.ZstdCompressor(compression_params=_EFFORT).compressobj(len(packed))
-        frame, size = bytearray(), max(1, len(packed) // parts)
+        frame, size = bytearray(), max(1, len(packed) // pieces)
         for start in range(0, len(packed), size):
             frame += coder.compress(packed[start : start + size])
             frame += coder.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)

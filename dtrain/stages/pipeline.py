@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,7 +121,8 @@ def encode(
         pipeline: The stages.
         name: The tensor's name, which picks its random mask.
         values: float32 of any shape; for `Bits` uint8 of shape (n * width,), the tensor's bytes.
-        positions: For `Indexed`: the coefficients to keep, int64, ascending.
+        positions: The coefficients to keep, int64, ascending. `Indexed` needs them; of a seeded mask they are what it
+            draws, where the caller has that already.
         widths: For `Mixed`: the bits of every block, int64.
         coefficients: The transformed values, where the caller has them already.
         levels: For `Affine`: what to round to, where that is not between the least and the greatest value.
@@ -131,8 +131,9 @@ def encode(
         raise InputError("Shared encodes no values: it refers to another file. Make its Payload without data.")
     if isinstance(pipeline.quantise, Bits):
         coded = pipeline.quantise.encode(values.reshape(-1), blocks(0, 0, None))
-        planes = (pipeline.quantise.width,) if isinstance(pipeline.code, Zstd) else ()
-        return Payload(pipeline, pipeline.code.encode(coded.symbols.cpu(), 8, *planes), coded.scale)
+        symbols, code = coded.symbols.cpu(), pipeline.code
+        planes = code.encode(symbols, 8, pipeline.quantise.width) if isinstance(code, Zstd) else code.encode(symbols, 8)
+        return Payload(pipeline, planes, coded.scale)
     if coefficients is None:
         coefficients = pipeline.transform.forward(values)
     head = torch.empty(0, dtype=torch.uint8)
@@ -140,8 +141,10 @@ def encode(
         if positions is None:
             raise InputError("Indexed stores positions that the caller chooses: pass positions=.")
         head = pipeline.select.encode(positions)
-    else:
-        positions = _positions(pipeline.select, name, _grid(coefficients), coefficients.device)
+    elif isinstance(pipeline.select, All):
+        positions = None
+    elif positions is None:
+        positions = pipeline.select.positions(name, _grid(coefficients), coefficients.device)
     flat = coefficients.reshape(-1)
     kept = (flat if positions is None else flat.index_select(0, positions.to(flat.device))).cpu()
     parts = blocks(pipeline.quantise.group, flat.numel(), None if positions is None else positions.cpu())
@@ -157,7 +160,14 @@ def encode(
     return Payload(pipeline, data, coded.scale**pipeline.transform.degree)
 
 
-def decode(payload: Payload, name: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Decoded:
+def decode(
+    payload: Payload,
+    name: str,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    *,
+    positions: Tensor | None = None,
+) -> Decoded:
     """Decode one payload.
 
     Args:
@@ -165,6 +175,7 @@ def decode(payload: Payload, name: str, shape: Sequence[int], device: torch.devi
         name: The tensor's name.
         shape: Shape of the tensor the payload belongs to.
         device: Where the result is wanted.
+        positions: Of a seeded mask: what it draws, where the caller has that already.
 
     Returns:
         Positions (int64, ascending, or None for all) and float32 values in units of the scale (for `Bits`: uint8).
@@ -180,8 +191,8 @@ def decode(payload: Payload, name: str, shape: Sequence[int], device: torch.devi
     cursor = Cursor(as_buffer(payload.data))
     if isinstance(select, Indexed):
         positions = select.read(cursor, math.prod(grid))
-    else:
-        positions = _positions(select, name, grid, torch.device(device))
+    elif positions is None:
+        positions = select.positions(name, grid, device)
     kept = math.prod(grid) if positions is None else positions.numel()
     parts = blocks(quantise.group, math.prod(grid), None if positions is None else positions.cpu())
     if isinstance(quantise, Mixed):
@@ -199,6 +210,13 @@ def decode(payload: Payload, name: str, shape: Sequence[int], device: torch.devi
     if type(transform) is Plain:
         return decoded
     return Decoded(None, transform.inverse(decoded.dense(math.prod(grid)).view(grid), shape))
+
+
+def drawn(pipeline: Pipeline, name: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor | None:
+    """Return the positions that a pipeline with a seeded mask keeps of a tensor, or None for all of them."""
+    if isinstance(pipeline.select, Indexed):
+        raise InputError("Indexed draws nothing: its positions are in the payload.")
+    return pipeline.select.positions(name, pipeline.transform.grid(shape), device)
 
 
 def rebuild(payloads: Sequence[Payload], name: str, shape: Sequence[int]) -> Tensor:
@@ -253,13 +271,6 @@ def check_size(payload: Payload, shape: Sequence[int]) -> None:
 
 def _stages(pipeline: Pipeline) -> tuple[Transform, Select, Quantise, Code]:
     return pipeline.transform, pipeline.select, pipeline.quantise, pipeline.code
-
-
-@functools.lru_cache(maxsize=1)  # what has just been encoded is often decoded at once, to fit its scale
-def _positions(
-    select: All | Bernoulli | Stratified | Groups | Units, name: str, grid: Grid, device: torch.device
-) -> Tensor | None:
-    return select.positions(name, grid, device)
 
 
 def _grid(coefficients: Tensor) -> Grid:

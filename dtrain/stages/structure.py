@@ -17,7 +17,8 @@ from dtrain.stages.transform import Grid
 Unit = Literal["row", "column", "block"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 MAX_BLOCK = 1024
-_WORDS_PER_CHUNK = 1 << 17  # they and what is made of them stay in a 2 MB cache
+_WORDS_PER_CHUNK = 1 << 22
+_WORDS_IN_CACHE = 1 << 17  # on the CPU: they and what is made of them stay in 2 MB
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Groups:
         if not rows * columns:
             return torch.empty(0, dtype=torch.int64, device=device)
         key, per_row = stream_key(self.seed, name), -(-columns // self.size)
-        total, step = rows * per_row, max(4, _WORDS_PER_CHUNK // self.size // 4 * 4)
+        most = _WORDS_IN_CACHE if torch.device(device).type == "cpu" else _WORDS_PER_CHUNK
+        total, step = rows * per_row, max(4, most // self.size // 4 * 4)
         found: list[Tensor] = []
         for first in range(0, total, step):
             count = min(step, total - first)

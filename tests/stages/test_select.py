@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dtrain.errors import InputError
 from dtrain.stages import All, Bernoulli, Stratified, random_mask
+from dtrain.stages.select import _gap_tables
 from tests.artifact import reference_stages as reference
 
 KINDS = [Bernoulli, Stratified]
@@ -85,6 +86,15 @@ def test_bernoulli_is_independent(keep):
     assert float((pairs - keep**2).abs().max()) < 5 * math.sqrt(keep**2 * (1 - keep**2) / rounds)
     variance = float(chosen.sum(1).var()) / (numel * keep * (1 - keep))
     assert abs(variance - 1) < 5 * math.sqrt(2 / rounds)  # of a sample variance, nearly normal
+
+
+@pytest.mark.parametrize("keep", [2.0**-24, 1e-4, 0.01, 0.1, 0.5, 0.999, 1 - 2.0**-40])
+def test_a_gap_that_is_looked_up_is_the_one_that_is_searched_for(keep):
+    for table in _gap_tables(keep, 6):
+        edges = (torch.arange(1 << 12) << 20).repeat(2) - torch.tensor([0, 1]).repeat_interleave(1 << 12)
+        near = torch.cat([edges, table.entries - 1, table.entries, table.entries + 1, torch.randint(1 << 32, (5000,))])
+        draws = near[(near >= 0) & (near < 1 << 32)]
+        assert table.invert(draws).equal(torch.searchsorted(-table.entries, -draws))
 
 
 @pytest.mark.parametrize("keep", [2.0**-20, 1e-4, 0.2])
