@@ -30,7 +30,9 @@ fuzz: $(VENV)/.dev  ## Throw damaged files at load, inspect and apply; SECONDS=6
 	$(BIN)/python -m bench.fuzz --seconds $(or $(SECONDS),60)
 
 bench: $(VENV)/.peers  ## Measure what bench/results/ lacks, cell by cell (days; stop and go on at will), and write RESULTS.md
+	$(BIN)/python -m bench.quality.rates
 	$(BIN)/python -m bench.quality
+	$(BIN)/python -m bench.quality.adamr
 	$(BIN)/python -m bench.speed
 	$(BIN)/python -m bench.report
 

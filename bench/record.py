@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +54,26 @@ def fill(
         if not again and read_results(out)["cells"].get(job.key, {}).get("settings") == job.settings:
             continue
         found = job.measure()
-        results = read_results(out)  # another run may have written meanwhile
-        if references is not None:
-            results["references"] |= references(job)
-        results["cells"][job.key] = {"settings": job.settings, **found}
-        write_json(out, results)
+        beside = {} if references is None else references(job)
+        with alone(out.parent):
+            results = read_results(out)  # another run may have written meanwhile
+            if beside:
+                results["references"] |= beside
+            results["cells"][job.key] = {"settings": job.settings, **found}
+            write_json(out, results)
         sys.stderr.write(f"{out.stem} | {job.key}: {found}\n")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing results into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # which unlocks it
 
 
 def write_json(path: Path, value: Any) -> None:

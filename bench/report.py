@@ -28,21 +28,24 @@ measures a seeded sample of it again. Two cores of a shared machine, no GPU.
 ## Quality at equal bytes
 
 Every size is that of the files on disk, and a budget is bits of file per parameter of the checkpoint: 1 bit is 32x
-smaller than float32, 0.015 is 2133x. Each entry has one knob (a keep rate, bits, a rank), which is the greatest whose
-file fits; a peer without a knob is admitted where its file exceeds the budget by a tenth at most.
+smaller than float32, 0.015 is 2133x. Each entry has one knob (a keep rate, bits, a rank), within 1 % of the bytes of
+the greatest that fits, where it has no steps; a peer without a knob is admitted where its file exceeds the budget by a
+tenth at most.
 
 * **Chosen in advance**: `{CHOSEN}`, one bit for one weight in 1/keep at seeded positions, and a closed form for
-  the scale of every tensor that needs no labels. It was named before any cell of these tables was measured; an earlier
+  the scale of every tensor that needs no labels. It has been the same since the first of these results; an earlier
   experiment, `bench.ratios`, had seen sst2, subj and cifar at other sizes, none had seen digits or word_order.
-* "Best of N" is the best of N entries *by its validation score*: a selection on evaluation data, which flatters it.
-  It is made against us (the best peer is compared with the entry chosen in advance), and shown for ours.
+* "Best of n of N" is the best of n entries *by its validation score*, a selection on evaluation data, which flatters
+  it: it is made against us (the best peer is compared with the entry chosen in advance), and shown for ours. N counts
+  those too that have fewer seeds than these n, or have not been measured there.
 * **Peers** are run from their packages and read back from their own files: `deltatensors` 0.2.0, `sparse-llm` 0.0.5,
   `mergekit` 0.1.5, `zipnn` 0.5.4, `zstandard`; adapters of `peft` 0.21.2, trained on the task's own batches for as
   many steps as the fine-tune; and the floors, biases alone and a linear probe. Where no package writes a file for a
   published method, **dtrain's preset of it** stands in, in dtrain's own file: its bytes are fewer than its authors'.
 * Each adapter is trained at two learning rates, and the one with the less training loss counts: the best of five at
   rank 2 (`bench.quality.rates`; cifar takes that of digits, subj and cola that of sst2; what was not tried takes that
-  of LoRA on attention), and a third of it. More steps, or a finer search, might lift them.
+  of LoRA on attention), and a third of it. More steps, or a finer search, might lift them. They are saved in float32,
+  as peft does; half the bytes a value would give them about twice the rank.
 * Fits see 128 unlabelled training inputs. The validation split is only scored. No seed is selected.
 * Differences are paired over the seeds (fine-tune, mask and adapter alike), with a 95 % interval of Student's t. With
   n = 3 that is 2.5 standard deviations either way, and says little but whether a difference is larger than the seeds'.
@@ -112,9 +115,9 @@ def short(found: Sequence[Found]) -> str:
 
 def best(task: Found, budget: float, side: Side | None) -> str:
     """Return the best score of a side at a budget and whose it is, or without a side what the entry chosen has."""
-    label = CHOSEN if side is None else task.best(budget, (side,))[0]
-    cells = {} if label is None else task.at(budget, label)
-    return f"{tables.scores(cells)}{'' if side is None else f' {label}'}" if cells else "nothing fits"
+    if side is not None:
+        return tables.named(task, budget, task.best(budget, side)).replace("dtrain's preset of ", "")
+    return tables.scores(cells) if (cells := task.at(budget, CHOSEN)) else "nothing fits"
 
 
 def replaced(text: str, block: str) -> str:

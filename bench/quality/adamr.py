@@ -62,7 +62,7 @@ def fine_tuned(task: Task, strength: float) -> tuple[Task, Cell]:
     seconds = time.process_time() - start
     tuned = snapshot(model)
     cell = {"seconds": seconds, "delta_norm": delta_norm(task.base, tuned), "fine-tuned": task.score(tuned)}
-    return replace(task, tuned=tuned), cell
+    return replace(task, tuned=tuned, sizes={}), cell
 
 
 def markdown() -> str:

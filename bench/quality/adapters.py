@@ -57,6 +57,8 @@ class Adapter:
 
     def measure(self, task: Task, budget: float | None) -> Cell:
         """Return the cell of the greatest rank within a budget, or of the only file there is."""
+        if task.training is None:
+            return {"refused": "how it was fine-tuned is not known, so nothing can be trained like it"}
         if self.config is not None:
             check_version("peft")
         if not self.ranked or budget is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 
 from bench.tasks import State, Task
 
@@ -19,12 +18,6 @@ def parameters(state: State) -> int:
 
 def bytes_allowed(task: Task, budget: float) -> int:
     return int(budget * parameters(task.tuned) / 8)
-
-
-@lru_cache(maxsize=8)
-def known_sizes(name: str, seed: int, label: str) -> dict[float, int]:
-    """Return the sizes by knob that were looked up for an entry on a task: those for one budget help with the next."""
-    return {}
 
 
 def greatest_knob(

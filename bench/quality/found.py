@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from bench.quality.entries import Entry
-from bench.quality.jobs import KINDS, OWN
+from bench.quality.jobs import KINDS, OWN, jobs
 from bench.quality.peers.disk import LENIENT
 from bench.record import Cell
 
@@ -27,6 +27,20 @@ def side_of(label: str) -> Side:
 def shown(label: str) -> str:
     """Return an entry's name in a table: what stands in for a method without a package says so."""
     return f"dtrain's preset of {label}" if side_of(label) == "stand-in" else label
+
+
+class Best(NamedTuple):
+    """The best entry of a side.
+
+    Args:
+        label: Its name; None where nothing fits, or has been measured.
+        compared: How many it is the best of.
+        possible: How many there may be: those with fewer seeds, and those not measured yet, are among them.
+    """
+
+    label: str | None
+    compared: int
+    possible: int
 
 
 @dataclass(frozen=True)
@@ -81,14 +95,26 @@ class Found:
             if name == label:
                 yield found
 
-    def best(self, budget: float, sides: Iterable[Side], but: Iterable[str] = ()) -> tuple[str | None, int]:
-        """Return the entry with the highest score at a budget, above the fine-tune of its seed, and out of how many."""
-        margins: dict[str, float] = {}
-        for label in self.labels:
-            if side_of(label) in sides and label not in but and (cells := self.at(budget, label)):
-                over = [cell["score"] - self.references[seed]["fine-tuned"] for seed, cell in cells.items()]
-                margins[label] = fmean(over)
-        return max(margins, key=margins.__getitem__, default=None), len(margins)
+    def best(self, budget: float, side: Side) -> Best:
+        """Return the entry of a side with the highest mean score at a budget, above the fine-tunes of its seeds.
+
+        Only those with the most seeds are compared: the best of many single seeds would be the luckiest.
+        """
+        labels = [label for label in KINDS if side_of(label) == side]
+        found = {label: self.at(budget, label) for label in labels}
+        most = max(map(len, found.values()), default=0)
+        margins = {
+            label: fmean(cell["score"] - self.references[seed]["fine-tuned"] for seed, cell in cells.items())
+            for label, cells in found.items()
+            if cells and len(cells) == most
+        }
+        unknown = sum(not cells and self.unmeasured(budget, label) for label, cells in found.items())
+        best = max(margins, key=margins.__getitem__, default=None)
+        return Best(best, len(margins), sum(map(bool, found.values())) + unknown)
+
+    def unmeasured(self, budget: float, label: str) -> bool:
+        """Return whether it is not known yet if an entry fits a budget."""
+        return not self.refused(budget, label) and (OWN, label) not in self.scored
 
 
 def fits(cell: Cell, budget: float, label: str) -> bool:
@@ -96,10 +122,12 @@ def fits(cell: Cell, budget: float, label: str) -> bool:
 
 
 def read(folder: Path, name: str) -> Found | None:
-    """Return the results of a task; None where there are none."""
+    """Return the results of a task that were measured as they would be now; None where there are none."""
     path = folder / f"{name}.json"
     if not path.exists():
         return None
     results = json.loads(path.read_text())
     references = {int(key.split(" | ")[1]): value for key, value in results["references"].items()}
-    return Found(name, references, results["cells"])
+    now = {job.key: job.settings for job in jobs((name,), sorted(references), Path())}
+    cells = {key: cell for key, cell in results["cells"].items() if cell["settings"] == now.get(key)}
+    return Found(name, references, cells)

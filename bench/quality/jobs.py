@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.cells import INPUTS, task_of
 from bench.quality import entries
-from bench.quality.adapters import ADAPTERS, Adapter, Probe
+from bench.quality.adapters import ADAPTERS, Adapter, Probe, rates_of
 from bench.quality.budgets import BUDGETS
 from bench.quality.entries import ENTRIES, Entry
 from bench.quality.measure import measure
@@ -56,6 +56,8 @@ def jobs(names: Sequence[str], seeds: Sequence[int], shared: Path) -> Iterator[J
 def jobs_of(name: str, seed: int, shared: Path, label: str) -> Iterator[Job]:
     """Yield the cells of one task, seed and entry, at all budgets."""
     kind = KINDS[label]
+    if isinstance(kind, Adapter) and not rates_of(name, label):
+        return  # a task of one's own: bench.quality.rates comes first
     for budget in BUDGETS if budgeted(kind) else (None,):
         yield job(name, seed, shared, kind, budget)
 

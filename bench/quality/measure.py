@@ -8,7 +8,7 @@ from functools import cache
 
 import dtrain
 from bench.cells import compressed, plain
-from bench.quality.budgets import bytes_allowed, greatest_knob, known_sizes, parameters
+from bench.quality.budgets import bytes_allowed, greatest_knob, parameters
 from bench.quality.entries import Entry
 from bench.record import Cell
 from bench.tasks import Task
@@ -17,7 +17,10 @@ SPARE = 288  # bytes in which a file says what its fit found: 190 to 260, by the
 
 
 def measure(task: Task, entry: Entry, budget: float | None) -> Cell:
-    """Return the cell of one entry at one budget, or what its least file takes; None for an entry without a knob."""
+    """Return the cell of one entry, or what its least file takes where that does not fit.
+
+    The budget is None for an entry without a knob.
+    """
     most = bytes_allowed(task, 64.0 if budget is None else budget)  # no checkpoint has more than 64 bits a parameter
     spare = SPARE if entry.fit is not None else 0
     calibration = task.calibration() if entry.inputs else None
@@ -29,7 +32,7 @@ def measure(task: Task, entry: Entry, budget: float | None) -> Cell:
     def size(knob: float) -> int:
         return size_of(bare(entry.make(knob, task.seed)))
 
-    knob = greatest_knob(size, most, entry.low, entry.high, known_sizes(task.name, task.seed, entry.label))
+    knob = greatest_knob(size, most, entry.low, entry.high, task.sizes.setdefault(entry.label, {}))
     if knob is None:
         return {"most": most, "refused": f"its least file has {size(entry.low)} bytes, and {most} are allowed"}
     method = entry.make(knob, task.seed)

@@ -33,7 +33,7 @@ def draw(found: Found, path: Path) -> None:
     for budget in BUDGETS:
         axes.axvline(budget, color="0.85", linewidth=0.8, zorder=0)
     drawn = {"dtrain": 0, "stand-in": 0, "peer": 0}
-    leading = {found.best(budget, ("stand-in",))[0] for budget in BUDGETS}
+    leading = {found.best(budget, "stand-in").label for budget in BUDGETS}
     labels = [label for label in found.labels if label not in LOSSLESS]  # they have a table of their own
     others = [label for label in labels if side_of(label) == "stand-in" and label not in leading]
     for label in labels:

@@ -8,10 +8,12 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
+from scipy.stats import t as student
+
 from bench.cells import figure, share, show_share
 from bench.quality.budgets import BUDGETS
 from bench.quality.entries import CHOSEN
-from bench.quality.found import Found, Side, read, shown, side_of
+from bench.quality.found import Best, Found, Side, read, shown, side_of
 from bench.quality.jobs import TASKS, jobs
 from bench.record import Cell
 
@@ -25,8 +27,6 @@ TITLES = {
     "cola": "MiniLM on CoLA, Matthews correlation on 516 sentences; for direction only, the base is weak",
 }
 NOT_TASKS = ("adamr", "rates")
-#: Quantiles of Student's t for two-sided 95 %, by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 RIVALS: dict[Side, str] = {"peer": "package, adapter or floor", "stand-in": "preset of a published method"}
 LOSSLESS = ("Lossless", "zipnn on the xor", "zipnn", "zstd on the xor", "zstd")
 
@@ -48,7 +48,7 @@ def half_width(values: Sequence[float]) -> float:
     """Return half the width of the 95 % confidence interval of a mean; infinity for one value."""
     if len(values) < 2:
         return math.inf
-    return STUDENT[len(values) - 1] * stdev(values) / math.sqrt(len(values))
+    return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
 def decided(values: Sequence[float]) -> bool:
@@ -73,11 +73,11 @@ def scores(cells: dict[int, Cell]) -> str:
     return shown if len(cells) > 2 else f"{shown} ({len(cells)} seed{'s' * (len(cells) > 1)})"
 
 
-def named(found: Found, budget: float, label: str | None, count: int) -> str:
-    """Return an entry's score and name, and out of how many it was the best."""
-    if label is None:
-        return "-"
-    return f"{scores(found.at(budget, label))} {shown(label)}, best of {count}"
+def named(found: Found, budget: float, best: Best) -> str:
+    """Return an entry's score and name, and out of how many of how many it was the best."""
+    if best.label is None:
+        return "not measured" if best.possible else "nothing fits"
+    return f"{scores(found.at(budget, best.label))} {shown(best.label)}, best of {best.compared} of {best.possible}"
 
 
 def headline(found: Found) -> str:
@@ -90,7 +90,7 @@ def headline(found: Found) -> str:
                 f"{budget:g} ({allowed(found, budget)})",
                 scores(chosen) if chosen else "does not fit" if found.refused(budget, CHOSEN) else "-",
                 *(part for side in RIVALS for part in against(found, budget, side)),
-                named(found, budget, *found.best(budget, ("dtrain",))),
+                named(found, budget, found.best(budget, "dtrain")),
                 kept(found, chosen, "base"),
                 kept(found, chosen, "linear probe"),
             ]
@@ -102,16 +102,14 @@ def headline(found: Found) -> str:
 
 def against(found: Found, budget: float, side: Side) -> tuple[str, str]:
     """Return the best entry of a side, and how far the chosen one is ahead of it: in bold where it clearly is not."""
-    rival, count = found.best(budget, (side,))
-    if rival is None:
-        return "-", "-"
-    differences = paired(found.at(budget, CHOSEN), found.at(budget, rival))
+    rival = found.best(budget, side)
+    if rival.label is None:
+        return named(found, budget, rival), "-"
+    differences = paired(found.at(budget, CHOSEN), found.at(budget, rival.label))
     if not differences:
-        return named(found, budget, rival, count), "**-**" if found.refused(budget, CHOSEN) else "-"
-    shown = interval(differences)
-    return named(found, budget, rival, count), f"**{shown}**" if fmean(differences) < 0 and decided(
-        differences
-    ) else shown
+        return named(found, budget, rival), "**-**" if found.refused(budget, CHOSEN) else "-"
+    told = interval(differences)
+    return named(found, budget, rival), f"**{told}**" if fmean(differences) < 0 and decided(differences) else told
 
 
 def allowed(found: Found, budget: float) -> str:
@@ -146,25 +144,25 @@ def lost_to(all_found: Sequence[Found], side: Side, name: str) -> list[str]:
     lost: list[tuple[float, str]] = []
     compared = clear = 0
     for found, budget in product(all_found, BUDGETS):
-        rival, count = found.best(budget, (side,))
-        chosen, refused = found.at(budget, CHOSEN), found.refused(budget, CHOSEN)
-        if rival is None or not (chosen or refused):
+        rival, chosen = found.best(budget, side), found.at(budget, CHOSEN)
+        if rival.label is None or not (chosen or found.refused(budget, CHOSEN)):
             continue
         compared += 1
-        where, best = f"{found.name} at {budget:g} bit/param", f"{shown(rival)} ({scores(found.at(budget, rival))})"
-        differences = paired(chosen, found.at(budget, rival))
-        if refused:
+        where = f"{found.name} at {budget:g} bit/param"
+        best = f"{shown(rival.label)} ({scores(found.at(budget, rival.label))})"
+        differences = paired(chosen, found.at(budget, rival.label))
+        if not chosen:
             clear += 1
             lost.append((-1.0, f"* {where}: it does not fit; {best} does."))
         elif differences and fmean(differences) < 0:
             clear += decided(differences)
-            ahead = f"{best}, the best of {count}, is ahead of {scores(chosen)}"
+            ahead = f"{best}, the best of {rival.compared} of {rival.possible}, is ahead of {scores(chosen)}"
             lost.append((fmean(differences), f"* {where}: {ahead}: {interval(differences)}."))
-    count = (
+    summary = (
         f"**The best {name}** is ahead of `{CHOSEN}` at {len(lost)} of {compared} pairs of task and budget, at {clear} "
         "of them by more than the interval, or because it does not fit.\n"
     )
-    return [count, *(line for _, line in sorted(lost)), ""]
+    return [summary, *(line for _, line in sorted(lost)), ""]
 
 
 def lost_bits(all_found: Sequence[Found]) -> list[str]:

@@ -96,7 +96,6 @@ class Ours(Contender):
 
     def swap(self, pair: Pair) -> Steps[None]:
         delta = dtrain.load(self.path(pair))
-        yield None
         delta.apply_(pair.module)
         yield "apply"
         delta.remove_(pair.module)

@@ -23,7 +23,7 @@ from bench.speed.pairs import SIZES, make, shapes
 from bench.speed.peers import FOLDER, INSTALLED, PEERS
 
 MODELS = Path("runs/bench/speed")
-ROUNDS = {"20M": 5, "100M": 5, "300M": 3, "1B": 3}
+ROUNDS = {"20M": 5, "100M": 3, "300M": 2, "1B": 1}  # the larger, the less another process can disturb
 #: Left out where a round would take minutes; how they grow is seen up to 300M.
 SLOW = ("dtrain Lossless", "torch.save", "deltatensors sparse", "sparse-llm int8", "zstd -3")
 #: Optimizers by size: all their states are there at once.

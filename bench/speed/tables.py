@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from bench.speed.measure import jobs
+
 RESULTS = Path("bench/results/speed")
 VERSUS = RESULTS / "versus.json"
 #: Parameters and dtype of the pairs of models, in the order in which they are measured.
@@ -32,7 +34,7 @@ ALIKE = (
 TITLES = {
     "write": "Two models in memory, a file on the disk (compress and save)",
     "read": "A file and the base in memory, all fine-tuned weights in memory (load and rebuild)",
-    "swap": "The fine-tuned weights into a live module (apply)",
+    "swap": "A file's fine-tuned weights into a live module (load and apply)",
 }
 #: The steps of an operation that its table is about; None for all of them.
 STEPS: dict[str, str | None] = {"write": None, "read": None, "swap": "apply"}
@@ -104,8 +106,20 @@ def markdown() -> str:
     parts = [introduction(found), losses(found)]
     parts += [f"**{TITLES[what]}**\n\n{operation(found, what)}" for what in TITLES if has(found, what)]
     makers = (steps_table, memory_table, optimizer_table, others_table, slowest, levels)
-    parts += [*(make(found) for make in makers), versus()]
+    parts += [*(make(found) for make in makers), versus(), gaps(found)]
     return "\n".join(filter(None, parts))
+
+
+def gaps(found: Found) -> str:
+    """Return what has not been measured as it would be now."""
+    lines: list[str] = []
+    for dtype, size in PAIRS:
+        cells = found.get((dtype, size), {})
+        every = list(jobs(dtype, size))
+        left = [job for job in every if cells.get(job.key, {}).get("settings") != job.settings]
+        if left:
+            lines.append(f"{size} {dtype} {len(left)} of {len(every)}")
+    return f"Cells not measured yet: {', '.join(lines)}. `python -m bench.speed` measures them.\n" if lines else ""
 
 
 def has(found: Found, key: str) -> bool:
@@ -123,7 +137,8 @@ def introduction(found: Found) -> str:
         "clock on the wall. In brackets is the ratio to a memory copy of the checkpoint: the median over the rounds of "
         "processor seconds of the same round. dtrain hashes the whole base each time, syncs what it writes, and treats "
         "every tensor here, the embeddings too. deltatensors hashes the base, and reads it from its file in bfloat16; "
-        "sparse-llm, zipnn, Zstandard, safetensors and torch look at no base or do not check it.\n\n"
+        "sparse-llm, zipnn, Zstandard, safetensors and torch look at no base or do not check it: zipnn and zstd code "
+        "the checkpoint here, and its bits xor the base's in the table of lossless files above.\n\n"
         "![MB/s and peak memory against parameters](docs/results/speed.png)\n"
     )
 
@@ -309,4 +324,6 @@ def versus() -> str:
         for key, (before, after) in least.items()
     ]
     header = ("20M bfloat16, processor s", "before", "after", "ratio")
-    return f"**{found['what']}** (`python -m bench.speed.versus`)\n\n{table(header, rows)}"
+    rounds = min(len(values) for spent in found["seconds"].values() for values in spent.values())
+    how = f"`python -m bench.speed.versus`, the least of {rounds} rounds each, before is {found['before']}"
+    return f"**{found['what']}** ({how})\n\n{table(header, rows)}"

@@ -44,13 +44,23 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=ours, default=ours, metavar="NAME")
     arguments = parser.parse_args()
     folder, seconds = models("bfloat16", "20M"), {}
-    for _ in range(arguments.turns):
+    checkouts = [("before", arguments.other), ("after", Path())]
+    for turn in range(arguments.turns):
         for operation in OPERATIONS:
-            for label, checkout in (("before", arguments.other), ("after", Path())):
+            for label, checkout in checkouts[:: 1 if turn % 2 else -1]:  # each is the first at times
                 for name, row in measure(checkout, arguments.methods, operation, folder).items():
                     spent = [sum(step[1] for step in steps) for steps in zip(*row["steps"].values(), strict=True)]
                     seconds.setdefault(f"{operation} | {name}", {}).setdefault(label, []).extend(spent)
-    write_json(VERSUS, {"what": arguments.what, "machine": machine(), "seconds": seconds})
+    write_json(
+        VERSUS,
+        {"what": arguments.what, "before": commit(arguments.other), "machine": machine(), "seconds": seconds},
+    )
+
+
+def commit(checkout: Path) -> str:
+    """Return the commit that a checkout is at."""
+    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

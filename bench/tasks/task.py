@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -65,6 +65,7 @@ class Task:
         val: Batches of inputs and labels that scores are measured on, and nothing else.
         metric: What makes a score of answers and labels.
         training: How the fine-tune was made; None where that is not known.
+        sizes: Bytes by knob of every entry that has been tried, by its label: those for one budget help with the next.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Task:
     val: list[Batch]
     metric: Metric
     training: Training | None = None
+    sizes: dict[str, dict[float, int]] = field(default_factory=dict[str, dict[float, int]])
 
     def score(self, state: State) -> float:
         """Load `state`, which stays in the model, and return its score on `val`."""

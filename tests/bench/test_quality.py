@@ -3,6 +3,7 @@
 import json
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -35,7 +36,7 @@ def bench(monkeypatch):
     sys.path.insert(0, str(ROOT))
     try:
         tasks = import_module("bench.tasks")
-        modules = {name.rpartition(".")[2]: import_module(f"bench.{name}") for name in (*MODULES, "cells")}
+        modules = {name.rpartition(".")[2]: import_module(f"bench.{name}") for name in (*MODULES, "cells", "record")}
         modules |= {"tables": import_module("bench.quality.tables"), "lossless": import_module("bench.quality.peers")}
     finally:
         sys.path.remove(str(ROOT))
@@ -149,12 +150,13 @@ def test_where_a_peer_wins_is_told_first_and_out_of_how_many(bench):
     chosen = bench.entries.CHOSEN
     lost = {chosen: (0.8, 0.8, 0.81), "DeltaDQ": (0.7, 0.7, 0.7), "deltatensors, one bit": (0.85, 0.84, 0.86)}
     found = made(bench, lost)
-    assert found.best(0.06, ("peer", "stand-in")) == ("deltatensors, one bit", 2)
-    assert found.best(0.03, ("peer", "stand-in")) == (None, 0)
+    peers = sum(bench.found.side_of(label) == "peer" for label in bench.jobs.KINDS)
+    assert found.best(0.06, "peer") == ("deltatensors, one bit", 1, peers)
+    assert found.best(0.03, "peer") == (None, 0, peers - 1)  # its file is too large, the others are not measured
     told = bench.tables.losses([found])
     assert told.startswith("**The best package, adapter or floor** is ahead of")
     assert "at 1 of 1 pairs of task and budget, at 1 of them" in told
-    assert "the best of 1, is ahead of 0.803" in told
+    assert f"the best of 1 of {peers}, is ahead of 0.803" in told
     assert "-0.047 ± 0.014 (n = 3)" in told
     assert "**The best preset of a published method** is ahead of `SeededSign + parallel` at 0 of 1" in told
     row = next(line for line in bench.tables.headline(found).splitlines() if line.startswith("| 0.06"))
@@ -162,6 +164,31 @@ def test_where_a_peer_wins_is_told_first_and_out_of_how_many(bench):
     assert "| +0.103 ± 0.014 (n = 3) |" in row
     won = bench.tables.losses([made(bench, lost | {chosen: (0.9, 0.9, 0.9)})])
     assert "at 1 of 1" not in won
+
+
+def test_the_luckiest_of_single_seeds_is_not_the_best(bench):
+    found = made(bench, {"DeltaDQ": (0.7, 0.7, 0.7), "DARE, seeded": (0.8,)})
+    assert found.best(0.06, "stand-in")[:2] == ("DeltaDQ", 1)
+
+
+def test_what_was_measured_otherwise_is_not_shown(bench, tmp_path):
+    found = fill(bench, tmp_path, bench.entries.CHOSEN, seeds=(0,))
+    before = bench.tables.missing(found)[0]
+    file = tmp_path / f"{NAME}.json"
+    results = json.loads(file.read_text())
+    key = next(key for key, cell in results["cells"].items() if "score" in cell)
+    results["cells"][key]["settings"]["inputs"] += 1
+    file.write_text(json.dumps(results))
+    found = bench.found.read(tmp_path, NAME)
+    assert key not in found.cells
+    assert bench.tables.missing(found)[0] == before + 1
+
+
+def test_two_runs_lose_no_cell_of_each_other(bench, tmp_path):
+    jobs = [bench.record.Job(f"{run} | {i}", {}, lambda: {}) for run in range(2) for i in range(40)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda some: bench.record.fill(tmp_path / "file.json", some), (jobs[:40], jobs[40:])))
+    assert len(bench.record.read_results(tmp_path / "file.json")["cells"]) == 80
 
 
 def test_a_file_that_is_larger_than_the_budget_is_a_peers_only(bench):

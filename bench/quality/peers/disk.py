@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import dtrain
-from bench.quality.budgets import bytes_allowed, greatest_knob, known_sizes
+from bench.quality.budgets import bytes_allowed, greatest_knob
 from bench.quality.measure import point
 from bench.record import Cell
 from bench.tasks import State, Task
@@ -66,7 +66,7 @@ class Peer:
         def rounded(knob: float) -> float:
             return round(knob) if self.whole else knob
 
-        knob = greatest_knob(size, most, low, self.high, known_sizes(task.name, task.seed, self.label))
+        knob = greatest_knob(size, most, low, self.high, task.sizes.setdefault(self.label, {}))
         if knob is None:
             return {"most": most, "refused": f"its least file has {size(low)} bytes, and {most} are allowed"}
         return {"knob": rounded(knob), "most": most, **self.restored(task, rounded(knob))}
