@@ -42,7 +42,7 @@ tenth at most.
   `mergekit` 0.1.5, `zipnn` 0.5.4, `zstandard`; adapters of `peft` 0.21.2, trained on the task's own batches for as
   many steps as the fine-tune; and the floors, biases alone and a linear probe. Where no package writes a file for a
   published method, **dtrain's preset of it** stands in, in dtrain's own file: its bytes are fewer than its authors'.
-* Each adapter is trained at two learning rates, and the one with the less training loss counts: the best of five at
+* Each adapter is trained at two learning rates, and the one with the less training loss counts: the best of six at
   rank 2 (`bench.quality.rates`; cifar takes that of digits, subj and cola that of sst2; what was not tried takes that
   of LoRA on attention), and a third of it. More steps, or a finer search, might lift them. They are saved in float32,
   as peft does; half the bytes a value would give them about twice the rank.

@@ -2,7 +2,7 @@
 
     python -m bench.quality.rates --task digits sst2 word_order
 
-Every adapter is trained at seed 0 and rank 2, for as many steps as the fine-tune, at five rates; the one with the least
+Every adapter is trained at seed 0 and rank 2, for as many steps as the fine-tune, at six rates; the one with the least
 loss on the last fifth of its training batches is taken (SST-2 and CIFAR-10 see every batch once, so that is a loss on
 batches not yet trained on; digits are shifted anew every time). CIFAR-10 takes the rates of the digits, SUBJ and CoLA
 those of SST-2. One JSON cell per (task, adapter, rate), in `bench/results/quality/rates.json`, for `bench.quality`.
@@ -18,7 +18,7 @@ from bench.cells import chosen, fill, parser_for, task_of
 from bench.quality.adapters import ADAPTERS, TRIED
 from bench.record import Cell, Job
 
-CANDIDATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+CANDIDATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 RANK = 2
 
 
