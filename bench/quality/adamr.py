@@ -31,8 +31,8 @@ STRENGTHS = (0.0, 1e-3, 1e-2, 1e-1)
 LABELS = (CHOSEN, "DARE, seeded")
 AT = (1.0, 0.25)
 NOTE = (
-    "At strength 0 these are the fine-tunes of the tables above. Where a score differs from theirs, the keep rate does, "
-    "by less than 1 %, and with it the mask: so much hangs on the draw."
+    "At strength 0 these are the fine-tunes of the tables above. Where a score differs from theirs, the keep rate does "
+    "(by less than 1 %), and with it the mask: so much hangs on the draw."
 )
 
 
