@@ -45,8 +45,8 @@ def draw(found: Found, path: Path) -> None:
         xscale="log",
         xlabel="bit of file per parameter",
         ylabel="score on validation",
-        title=TITLES.get(found.name, found.name),
     )
+    axes.set_title(TITLES.get(found.name, found.name), fontsize=10)
     size = fmean(
         8 * c["file_bytes"] / c["bits_per_parameter"] for cells in found.scored.values() for c in cells.values()
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from dtrain.errors import InputError
 from dtrain.methods.inputs import Inputs
 from dtrain.methods.method import Method, Needs, check_choice, check_type
-from dtrain.stages import Payload, Pipeline, decode, drawn, encode
+from dtrain.stages import Payload, Pipeline, decode, draw, encode
 
 Mask = Literal["bernoulli", "stratified"]
 Values = Literal["float16", "bfloat16", "uniform8", "uniform4", "uniform2", "sign"]
@@ -49,9 +49,9 @@ class RandomDrop(Method):
         quantise = self.pipeline.quantise
         return self.keep * quantise.bits * getattr(quantise, "symbols_per_value", 1)
 
-    def unscaled(self, name: str, delta: Tensor, positions: Tensor | None = None) -> Payload:
-        """Return the kept values without any rescaling (q = 1), of `positions` if they are drawn already."""
-        return encode(self.pipeline, name, delta, positions=positions)
+    def unscaled(self, name: str, delta: Tensor, mask: Tensor | None = None) -> Payload:
+        """Return the kept values without any rescaling (q = 1); `mask` is what is kept, where it is drawn already."""
+        return encode(self.pipeline, name, delta, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Rescaled(RandomDrop):
         """Return the kept values, scaled by 1/q; where q is yet to be searched, they are not rescaled."""
         if self.q in ("norm", "parallel"):
             # Drawn once, for what is encoded and for what comes back of it.
-            positions = drawn(self.pipeline, name, delta.shape, delta.device)
+            mask = draw(self.pipeline, name, delta.shape, delta.device)
             fit = with_norm_of if self.q == "norm" else along
-            return (fit(delta, name, self.unscaled(name, delta, positions), positions),)
+            return (fit(delta, name, self.unscaled(name, delta, mask), mask),)
         payload = self.unscaled(name, delta)
         q = {"keep": self.keep}.get(self.q, 1.0) if isinstance(self.q, str) else self.q
         return (replace(payload, scale=payload.scale / q),)
@@ -110,19 +110,19 @@ class Rescaled(RandomDrop):
             raise InputError(f"`q` must be in (0, 1], got {self.q}. q=keep is DARE, q=1 is no rescaling.")
 
 
-def with_norm_of(delta: Tensor, name: str, payload: Payload, positions: Tensor | None = None) -> Payload:
+def with_norm_of(delta: Tensor, name: str, payload: Payload, mask: Tensor | None = None) -> Payload:
     """Return `payload` with the scale that gives what it decodes to the Frobenius norm of `delta`."""
-    norm = _norm(decode(payload, name, delta.shape, delta.device, positions=positions).values) * payload.scale
+    norm = _norm(decode(payload, name, delta.shape, delta.device, mask=mask).values) * payload.scale
     return replace(payload, scale=payload.scale * _norm(delta) / norm if norm else payload.scale)
 
 
-def along(delta: Tensor, name: str, payload: Payload, positions: Tensor | None = None) -> Payload:
+def along(delta: Tensor, name: str, payload: Payload, mask: Tensor | None = None) -> Payload:
     """Return `payload` with the scale that makes the part of what it decodes to along `delta` the delta itself.
 
     That is <D, D> / <D, D_hat>: 1/keep of a random mask on the mean, and of signs more than that, since those of large
     elements count as much as those of small ones.
     """
-    positions, values = decode(payload, name, delta.shape, delta.device, positions=positions)
+    positions, values = decode(payload, name, delta.shape, delta.device, mask=mask)
     flat = delta.reshape(-1)
     found = _product(flat if positions is None else flat.index_select(0, positions), values) * payload.scale
     whole = _product(flat, flat)

@@ -16,6 +16,7 @@ from dtrain.stages.rans import rans_decode, rans_encode
 
 #: What is coded hardly repeats: matches of less than seven bytes, sought far and wide, cost more than they save.
 _EFFORT = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)
+_LEAST_BLOCK = 1024  # a block has a header, and a table of its codes
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,14 @@ class Zstd:
     def encode(self, symbols: Tensor, bits: int, pieces: int = 1) -> Tensor:
         """Return the frame (uint8) of integer `symbols` of shape (n,), each less than 2**bits.
 
-        A block of its own, with codes of its own, begins at each of `pieces` equal pieces of the packed bytes.
+        A block of its own, with codes of its own, begins at each of `pieces` equal pieces of the packed bytes, where
+        these are not too short to be worth it.
         """
         packed = as_buffer(pack_bits(symbols, bits).cpu())
         coder = zstandard.ZstdCompressor(compression_params=_EFFORT).compressobj(len(packed))
-        frame, size = bytearray(), max(1, len(packed) // pieces)
+        frame, size = bytearray(), len(packed) // pieces
+        if size < _LEAST_BLOCK:
+            size = max(1, len(packed))
         for start in range(0, len(packed), size):
             frame += coder.compress(packed[start : start + size])
             frame += coder.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)

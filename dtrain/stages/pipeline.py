@@ -111,6 +111,7 @@ def encode(
     values: Tensor,
     *,
     positions: Tensor | None = None,
+    mask: Tensor | None = None,
     widths: Tensor | None = None,
     coefficients: Tensor | None = None,
     levels: Levels | None = None,
@@ -121,8 +122,8 @@ def encode(
         pipeline: The stages.
         name: The tensor's name, which picks its random mask.
         values: float32 of any shape; for `Bits` uint8 of shape (n * width,), the tensor's bytes.
-        positions: The coefficients to keep, int64, ascending. `Indexed` needs them; of a seeded mask they are what it
-            draws, where the caller has that already.
+        positions: For `Indexed`: the coefficients to keep, int64, ascending.
+        mask: What the seeded selection keeps, from `draw`, where the caller has that already.
         widths: For `Mixed`: the bits of every block, int64.
         coefficients: The transformed values, where the caller has them already.
         levels: For `Affine`: what to round to, where that is not between the least and the greatest value.
@@ -141,9 +142,9 @@ def encode(
         if positions is None:
             raise InputError("Indexed stores positions that the caller chooses: pass positions=.")
         head = pipeline.select.encode(positions)
-    elif isinstance(pipeline.select, All):
-        positions = None
-    elif positions is None:
+    elif mask is not None:
+        positions = mask
+    else:
         positions = pipeline.select.positions(name, _grid(coefficients), coefficients.device)
     flat = coefficients.reshape(-1)
     kept = (flat if positions is None else flat.index_select(0, positions.to(flat.device))).cpu()
@@ -166,7 +167,7 @@ def decode(
     shape: Sequence[int],
     device: torch.device | str = "cpu",
     *,
-    positions: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Decoded:
     """Decode one payload.
 
@@ -175,7 +176,7 @@ def decode(
         name: The tensor's name.
         shape: Shape of the tensor the payload belongs to.
         device: Where the result is wanted.
-        positions: Of a seeded mask: what it draws, where the caller has that already.
+        mask: What the seeded selection keeps, from `draw`, where the caller has that already.
 
     Returns:
         Positions (int64, ascending, or None for all) and float32 values in units of the scale (for `Bits`: uint8).
@@ -191,7 +192,9 @@ def decode(
     cursor = Cursor(as_buffer(payload.data))
     if isinstance(select, Indexed):
         positions = select.read(cursor, math.prod(grid))
-    elif positions is None:
+    elif mask is not None:
+        positions = mask
+    else:
         positions = select.positions(name, grid, device)
     kept = math.prod(grid) if positions is None else positions.numel()
     parts = blocks(quantise.group, math.prod(grid), None if positions is None else positions.cpu())
@@ -212,7 +215,7 @@ def decode(
     return Decoded(None, transform.inverse(decoded.dense(math.prod(grid)).view(grid), shape))
 
 
-def drawn(pipeline: Pipeline, name: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor | None:
+def draw(pipeline: Pipeline, name: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor | None:
     """Return the positions that a pipeline with a seeded mask keeps of a tensor, or None for all of them."""
     if isinstance(pipeline.select, Indexed):
         raise InputError("Indexed draws nothing: its positions are in the payload.")
