@@ -37,7 +37,8 @@ tenth at most.
   experiment, `bench.ratios`, had seen sst2, subj and cifar at other sizes, none had seen digits or word_order.
 * "Best of n of N" is the best of n entries *by its validation score*, a selection on evaluation data, which flatters
   it: it is made against us (the best peer is compared with the entry chosen in advance), and shown for ours. N counts
-  those too that have fewer seeds than these n, or have not been measured there.
+  those too that have fewer seeds than these n, or have not been measured there; one with fewer seeds that is further
+  ahead is named beside it.
 * **Peers** are run from their packages and read back from their own files: `deltatensors` 0.2.0, `sparse-llm` 0.0.5,
   `mergekit` 0.1.5, `zipnn` 0.5.4, `zstandard`; adapters of `peft` 0.21.2, trained on the task's own batches for as
   many steps as the fine-tune; and the floors, biases alone and a linear probe. Where no package writes a file for a

@@ -36,11 +36,13 @@ class Best(NamedTuple):
         label: Its name; None where nothing fits, or has been measured.
         compared: How many it is the best of.
         possible: How many there may be: those with fewer seeds, and those not measured yet, are among them.
+        ahead: One with fewer seeds that is further above its fine-tunes; None where there is none.
     """
 
     label: str | None
     compared: int
     possible: int
+    ahead: str | None
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,17 @@ class Found:
         margins = {
             label: fmean(cell["score"] - self.references[seed]["fine-tuned"] for seed, cell in cells.items())
             for label, cells in found.items()
-            if cells and len(cells) == most
+            if cells
         }
+        compared = {label: margin for label, margin in margins.items() if len(found[label]) == most}
         unknown = sum(not cells and self.unmeasured(budget, label) for label, cells in found.items())
-        best = max(margins, key=margins.__getitem__, default=None)
-        return Best(best, len(margins), sum(map(bool, found.values())) + unknown)
+        best, any_best = (max(those, key=those.__getitem__, default=None) for those in (compared, margins))
+        return Best(best, len(compared), len(margins) + unknown, None if any_best in compared else any_best)
+
+    @property
+    def gains(self) -> bool:
+        """Return whether the fine-tunes are better than a linear probe: else there is nothing to keep."""
+        return fmean(r["fine-tuned"] - r["linear probe"] for r in self.references.values()) > 0
 
     def unmeasured(self, budget: float, label: str) -> bool:
         """Return whether it is not known yet if an entry fits a budget."""

@@ -77,7 +77,10 @@ def named(found: Found, budget: float, best: Best) -> str:
     """Return an entry's score and name, and out of how many of how many it was the best."""
     if best.label is None:
         return "not measured" if best.possible else "nothing fits"
-    return f"{scores(found.at(budget, best.label))} {shown(best.label)}, best of {best.compared} of {best.possible}"
+    told = f"{scores(found.at(budget, best.label))} {shown(best.label)}, best of {best.compared} of {best.possible}"
+    if best.ahead is None:
+        return told
+    return f"{told}; with fewer seeds {scores(found.at(budget, best.ahead))} {shown(best.ahead)}"
 
 
 def headline(found: Found) -> str:
@@ -135,7 +138,11 @@ def references(found: Found) -> str:
 
 def losses(all_found: Sequence[Found]) -> str:
     """Return where others are ahead of the entry that was chosen in advance, the greatest distance first."""
-    parts = [part for side, name in RIVALS.items() for part in lost_to(all_found, side, name)]
+    counted = [found for found in all_found if found.gains]
+    left = [found.name for found in all_found if not found.gains]
+    parts = [part for side, name in RIVALS.items() for part in lost_to(counted, side, name)]
+    if left:
+        parts.append(f"{', '.join(left)} is not counted here: its fine-tunes are no better than a linear probe.\n")
     return "\n".join([*parts, *lost_bits(all_found)]) + "\n"
 
 

@@ -151,8 +151,8 @@ def test_where_a_peer_wins_is_told_first_and_out_of_how_many(bench):
     lost = {chosen: (0.8, 0.8, 0.81), "DeltaDQ": (0.7, 0.7, 0.7), "deltatensors, one bit": (0.85, 0.84, 0.86)}
     found = made(bench, lost)
     peers = sum(bench.found.side_of(label) == "peer" for label in bench.jobs.KINDS)
-    assert found.best(0.06, "peer") == ("deltatensors, one bit", 1, peers)
-    assert found.best(0.03, "peer") == (None, 0, peers - 1)  # its file is too large, the others are not measured
+    assert found.best(0.06, "peer") == ("deltatensors, one bit", 1, peers, None)
+    assert found.best(0.03, "peer") == (None, 0, peers - 1, None)  # its file is too large, the others are not measured
     told = bench.tables.losses([found])
     assert told.startswith("**The best package, adapter or floor** is ahead of")
     assert "at 1 of 1 pairs of task and budget, at 1 of them" in told
@@ -168,7 +168,17 @@ def test_where_a_peer_wins_is_told_first_and_out_of_how_many(bench):
 
 def test_the_luckiest_of_single_seeds_is_not_the_best(bench):
     found = made(bench, {"DeltaDQ": (0.7, 0.7, 0.7), "DARE, seeded": (0.8,)})
-    assert found.best(0.06, "stand-in")[:2] == ("DeltaDQ", 1)
+    best = found.best(0.06, "stand-in")
+    assert (best.label, best.compared, best.ahead) == ("DeltaDQ", 1, "DARE, seeded")
+    assert "; with fewer seeds 0.800 (1 seed) dtrain's preset of DARE, seeded" in bench.tables.headline(found)
+
+
+def test_what_gains_nothing_over_a_probe_is_not_counted_as_lost(bench):
+    found = made(bench, {bench.entries.CHOSEN: (0.5,), "linear probe": (0.6,)})
+    assert "linear probe" in bench.tables.losses([found])
+    nothing = replace(found, references={0: {"base": 0.5, "linear probe": 0.6, "fine-tuned": 0.55}})
+    assert "is not counted here" in (told := bench.tables.losses([nothing]))
+    assert "at 0 of 0 pairs" in told
 
 
 def test_what_was_measured_otherwise_is_not_shown(bench, tmp_path):
