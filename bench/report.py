@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import bench.speed.tables
 from bench.quality import adamr, pareto, tables
@@ -102,7 +103,7 @@ def details(task: Found) -> str:
 
 def short(found: Sequence[Found]) -> str:
     """Return the README's table: of every task with three seeds, what was chosen in advance and the best of others."""
-    tasks = [task for task in found if any(len(task.at(budget, CHOSEN)) >= SEEDS for budget in BUDGETS)]
+    tasks = [task for task in found if task.gains and any(len(task.at(budget, CHOSEN)) >= SEEDS for budget in BUDGETS)]
     rows: list[list[str]] = []
     for task in tasks:
         rows.append([f"**{task.name}**", *(best(task, budget, None) for budget in BUDGETS)])
@@ -116,9 +117,17 @@ def short(found: Sequence[Found]) -> str:
 
 def best(task: Found, budget: float, side: Side | None) -> str:
     """Return the best score of a side at a budget and whose it is, or without a side what the entry chosen has."""
-    if side is not None:
-        return tables.named(task, budget, task.best(budget, side)).replace("dtrain's preset of ", "")
-    return tables.scores(cells) if (cells := task.at(budget, CHOSEN)) else "nothing fits"
+    if side is None:
+        return tables.scores(cells) if (cells := task.at(budget, CHOSEN)) else "nothing fits"
+    found = task.best(budget, side)
+    if found.label is None:
+        return tables.named(task, budget, found)
+    told = f"{mean(task, budget, found.label)} {found.label} ({found.compared} of {found.possible})"
+    return f"{told}; fewer seeds: {mean(task, budget, found.ahead)} {found.ahead}" if found.ahead else told
+
+
+def mean(task: Found, budget: float, label: str) -> str:
+    return f"{fmean(cell['score'] for cell in task.at(budget, label).values()):.3f}"
 
 
 def replaced(text: str, block: str) -> str:
