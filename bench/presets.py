@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dtrain
-from bench.record import write_json
+from bench.record import Cell, read_results, write_json
 from bench.tasks import TASKS, Task
 from dtrain.artifact import Content, Record, Role
 from dtrain.methods.accounting import binary_entropy
@@ -49,8 +49,6 @@ HEADER = (
 )
 
 RULES = dtrain.Rules(embeddings=(), vectors="float16", fresh="exact")  # the matrices alone are compared
-
-Cell = dict[str, Any]
 
 
 def catalogue(budget: float, seed: int) -> dict[str, dtrain.Method]:
@@ -156,10 +154,6 @@ def settings(method: dtrain.Method) -> dict[str, Any]:
 
 def key(seed: int, budget: float, label: str) -> str:
     return f"{seed} | {budget} | {label}"
-
-
-def read_results(out: Path) -> dict[str, dict[str, Cell]]:
-    return json.loads(out.read_text()) if out.exists() else {"references": {}, "cells": {}}
 
 
 def fill(name: str, seeds: Sequence[int], shared: Path, out: Path, only: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from bench.cells import figure, share, show_share
 from bench.quality.budgets import BUDGETS
 from bench.quality.entries import CHOSEN
 from bench.quality.found import Best, Found, Side, read, shown, side_of
-from bench.quality.jobs import TASKS, jobs
+from bench.quality.jobs import OWN, TASKS, jobs
 from bench.record import Cell
 
 RESULTS = Path("bench/results/quality")
@@ -106,13 +106,14 @@ def headline(found: Found) -> str:
 def against(found: Found, budget: float, side: Side) -> tuple[str, str]:
     """Return the best entry of a side, and how far the chosen one is ahead of it: in bold where it clearly is not."""
     rival = found.best(budget, side)
+    name = named(found, budget, rival)
     if rival.label is None:
-        return named(found, budget, rival), "-"
+        return name, "-"
     differences = paired(found.at(budget, CHOSEN), found.at(budget, rival.label))
     if not differences:
-        return named(found, budget, rival), "**-**" if found.refused(budget, CHOSEN) else "-"
+        return name, "**-**" if found.refused(budget, CHOSEN) else "-"
     told = interval(differences)
-    return named(found, budget, rival), f"**{told}**" if fmean(differences) < 0 and decided(differences) else told
+    return name, f"**{told}**" if fmean(differences) < 0 and decided(differences) else told
 
 
 def allowed(found: Found, budget: float) -> str:
@@ -187,7 +188,7 @@ def lost_bits(all_found: Sequence[Found]) -> list[str]:
 
 def lossless_share(found: Found, label: str) -> float | None:
     """Return the bytes of a lossless file as a share of the float32 checkpoint; None where it was not measured."""
-    cells = found.scored.get(("own", label), {}).values()
+    cells = found.scored.get((OWN, label), {}).values()
     return fmean(cell["bits_per_parameter"] for cell in cells) / 32 if cells else None
 
 
@@ -196,9 +197,9 @@ def everything(found: Found) -> str:
     rows: list[list[str]] = []
     for budget in (*BUDGETS, None):
         for label in found.labels:
-            cells = found.scored.get((format(budget, "g") if budget else "own", label), {})
-            if cells:
-                rows.append([f"{budget:g}" if budget else "own", shown(label), *figures(found, cells)])
+            at = format(budget, "g") if budget else OWN
+            if cells := found.scored.get((at, label)):
+                rows.append([at, shown(label), *figures(found, cells)])
     header = ("budget", "entry", "seeds", "file bytes", "bit/param", "score", "over base", "over probe", "processor s")
     return table(header, rows, left=2)
 
